@@ -1,0 +1,1 @@
+"""The virtual machine monitor: a library that knows nothing of containers."""

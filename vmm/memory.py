@@ -1,0 +1,115 @@
+"""Guest memory: RAM in anonymous mappings, reached through bounds-checked access.
+
+The host gives a page to the guest only when the guest (or a device) first touches it: the mapping is private, anonymous
+and reserves no swap. Writers on the host side tell listeners what they wrote, since an engine that keeps decoded
+instructions must drop those of an overwritten page.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from collections.abc import Callable
+from types import TracebackType
+
+from vmm.errors import ConfigError, GuestAddressError
+
+PAGE_SIZE = 4096
+
+WriteListener = Callable[[int, int], None]
+
+
+class GuestMemory:
+    """One contiguous range of guest-physical RAM.
+
+    Args:
+        base: guest-physical address of the first byte, a multiple of 4096.
+        size: bytes, a multiple of 4096.
+
+    Raises:
+        ConfigError: a size or base that is not a positive multiple of the page size, or that the host cannot map.
+    """
+
+    def __init__(self, base: int, size: int) -> None:
+        if base < 0 or base % PAGE_SIZE:
+            raise ConfigError(f"guest memory base {base:#x} must be a multiple of {PAGE_SIZE}")
+        if size <= 0 or size % PAGE_SIZE:
+            raise ConfigError(f"guest memory size {size} must be a positive multiple of {PAGE_SIZE} bytes")
+        self.base = base
+        self.size = size
+        try:
+            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+            self._map = mmap.mmap(-1, size, flags=flags)
+        except (OSError, OverflowError, ValueError) as error:
+            raise ConfigError(f"the host cannot map {size} bytes of guest memory: {error}") from error
+        self._view = memoryview(self._map)
+        anchor = ctypes.c_char.from_buffer(self._map)
+        self.host_address = ctypes.addressof(anchor)
+        del anchor
+        self._listeners: list[WriteListener] = []
+
+    @property
+    def end(self) -> int:
+        """Guest-physical address of the byte after the last."""
+        return self.base + self.size
+
+    def __contains__(self, address: int) -> bool:
+        return self.base <= address < self.end
+
+    def _offset(self, address: int, length: int) -> int:
+        if length < 0 or not self.base <= address <= self.end - length:
+            raise GuestAddressError(
+                f"guest range {address:#x}+{length:#x} is not inside memory {self.base:#x}..{self.end:#x}"
+            )
+        return address - self.base
+
+    def read(self, address: int, length: int) -> bytes:
+        """Copy ``length`` bytes out of guest memory."""
+        offset = self._offset(address, length)
+        return bytes(self._view[offset : offset + length])
+
+    def write(self, address: int, data: bytes | bytearray | memoryview) -> None:
+        """Copy ``data`` into guest memory and tell the listeners."""
+        offset = self._offset(address, len(data))
+        self._view[offset : offset + len(data)] = data
+        self.notify(address, len(data))
+
+    def view(self, address: int, length: int) -> memoryview:
+        """The bytes themselves, writable. Who writes through a view calls :meth:`notify` afterwards."""
+        offset = self._offset(address, length)
+        return self._view[offset : offset + length]
+
+    def read_int(self, address: int, width: int) -> int:
+        """A little-endian unsigned integer of ``width`` bytes."""
+        return int.from_bytes(self.read(address, width), "little")
+
+    def write_int(self, address: int, width: int, value: int) -> None:
+        """Store the low ``width`` bytes of ``value``, little-endian."""
+        self.write(address, (value & ((1 << 8 * width) - 1)).to_bytes(width, "little"))
+
+    def subscribe(self, listener: WriteListener) -> None:
+        """Call ``listener(address, length)`` after every write from the host side."""
+        self._listeners.append(listener)
+
+    def unsubscribe(self, listener: WriteListener) -> None:
+        """Undo :meth:`subscribe`."""
+        self._listeners.remove(listener)
+
+    def notify(self, address: int, length: int) -> None:
+        """Tell the listeners that ``length`` bytes at ``address`` were written through a view."""
+        for listener in self._listeners:
+            listener(address, length)
+
+    def close(self) -> None:
+        """Give the mapping back. Views handed out must be released first."""
+        if not self._map.closed:
+            self._view.release()
+            self._map.close()
+
+    def __enter__(self) -> GuestMemory:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
