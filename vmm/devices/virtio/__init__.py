@@ -1,0 +1,1 @@
+"""Virtio devices: the transport, the queues and one module per device."""
