@@ -1,0 +1,589 @@
+"""One virtual machine: configured → running ⇄ paused → stopped.
+
+::
+
+    with MicroVm(VmConfig(kernel="Image", initrd="initrd.cpio")) as vm:
+        vm.start()
+        vm.console.expect("login")
+
+Actions enter as messages and are answered through futures (:meth:`MicroVm.request`); an event loop on a thread of the
+VM's own carries them out, one after the other. The methods put the message and wait for the answer; from asyncio, await
+``asyncio.wrap_future(vm.request(PauseMicroVm()))``. Each hart runs on a thread of its own (:mod:`vmm.vcpu`).
+
+A micro-VM does not reboot: a guest that asks for it has ended, and :attr:`MicroVm.end` says so. The VM's memory and
+harts can be looked at until :meth:`MicroVm.close`, which leaves no thread, file or mapping.
+
+Time while paused: with the real clock the guest's time goes on, as KVM's does for a RISC-V guest, so a kernel that was
+paused for long may report a stall when it is resumed; with the deterministic clock it stands still.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import concurrent.futures
+import contextlib
+import threading
+import time
+import weakref
+from collections.abc import Awaitable, Callable, Coroutine
+from functools import partial
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+from vmm import actions
+from vmm.actions import EndKind, MachineEnd, VmmAction, VmState
+from vmm.config import VmConfig
+from vmm.console import Console
+from vmm.errors import ConfigError, StateError, VmmError
+from vmm.memory import GuestMemory
+from vmm.metrics import ProcessMemory, VmMetrics
+from vmm.report import CrashReport, find_panic, report_hart
+from vmm.sbi import Entry, HartStates, ResetReason, ResetType, Sbi
+from vmm.trace import Trace
+from vmm.vcpu import Vcpu, VcpuState
+
+if TYPE_CHECKING:
+    from vmm.board.riscv_virt import RiscvVirtBoard
+
+AnswerT = TypeVar("AnswerT")
+
+PANIC_SEARCH_LINES = 500
+DETERMINISTIC_SEED = 0
+
+
+class VmTimeout(VmmError, TimeoutError):
+    """The VM did not get there in the given time; it goes on as it was."""
+
+
+class FirmwareConsole:
+    """What SBI DBCN prints to and reads from: the serial line, read through the port's registers as firmware would."""
+
+    _DIVISOR_LATCH = 0x80
+    _DATA_READY = 0x01
+
+    def __init__(self, board: RiscvVirtBoard) -> None:
+        self._console = board.console
+        self._uart = board.uart
+
+    def write(self, data: bytes) -> None:
+        """Print ``data``."""
+        self._console.feed(data)
+
+    def read(self, limit: int) -> bytes:
+        """At most ``limit`` bytes that were typed and not read yet; none while the guest sets the divisor."""
+        data = bytearray()
+        if not self._uart.read(3, 1) & self._DIVISOR_LATCH:
+            while len(data) < limit and self._uart.read(5, 1) & self._DATA_READY:
+                data.append(self._uart.read(0, 1))
+        return bytes(data)
+
+
+class Machine:
+    """What starting a VM builds: memory, engine, board, and a paused vCPU per hart, hart 0 at the kernel's entry.
+
+    Args:
+        config: a configuration with a kernel.
+        console: the host's end of the serial line.
+        trace: where exits are counted.
+        changed: called, on any thread, after the state of a vCPU changed.
+        ended: called on a vCPU's thread when it ends the VM: hart, how, host traceback or "".
+
+    Raises:
+        VmmError: no kernel that can be loaded, no memory to map, or no engine; nothing is left behind.
+    """
+
+    def __init__(
+        self,
+        config: VmConfig,
+        console: Console,
+        trace: Trace,
+        changed: Callable[[], None],
+        ended: Callable[[int, MachineEnd, str], None],
+    ) -> None:
+        # The compiled engine and the board are loaded when a machine is built, so that importing the package stays light.
+        from vmm.board.loader import load_boot_source
+        from vmm.board.riscv_virt import RAM_BASE, SUPERVISOR_EXTERNAL, Chosen, RiscvVirtBoard
+        from vmm.engine.rv64.hart import Rv64Engine
+
+        if config.kernel is None:
+            raise ConfigError("the VM has no kernel: name one in the configuration, or with ConfigureBootSource")
+        deterministic = config.clock == "deterministic"
+        seed = DETERMINISTIC_SEED if deterministic else None
+        with contextlib.ExitStack() as built:
+            self.memory = built.enter_context(GuestMemory(RAM_BASE, config.memory_bytes))
+            self.engine = built.enter_context(Rv64Engine(self.memory, config.vcpus, config.clock))
+            outputs = [partial(hart.set_interrupt, SUPERVISOR_EXTERNAL) for hart in self.engine.harts]
+            self.board = RiscvVirtBoard(self.memory, console, outputs)
+            self.boot_entry = load_boot_source(
+                self.memory,
+                config.kernel,
+                config.initrd,
+                lambda initrd: self.board.build_fdt(Chosen(config.cmdline, initrd, seed)),
+            )
+            self.states = HartStates(config.vcpus, wake=lambda hart: self.vcpus[hart].kick())
+            sbi = Sbi(self.engine, self.states, self.memory, FirmwareConsole(self.board), self._reset)
+            self.vcpus = tuple(
+                Vcpu(hart, self.board.bus, sbi, self.states, trace, changed=changed, ended=ended)
+                for hart in self.engine.harts
+            )
+            entry = Entry(self.boot_entry.pc, self.boot_entry.fdt_address)
+            self.engine.harts[0].reset(entry.address, 0, entry.opaque)
+            self._built = built.pop_all()
+
+    @property
+    def instructions(self) -> int:
+        """Retired by all harts together."""
+        return sum(vcpu.instructions for vcpu in self.vcpus)
+
+    def _reset(self, hart: int, reset_type: ResetType, reason: ResetReason) -> None:
+        match reset_type, reason:
+            case ResetType.SHUTDOWN, ResetReason.NONE:
+                kind, detail = EndKind.SHUTDOWN, "the guest shut down"
+            case ResetType.SHUTDOWN, _:
+                kind, detail = EndKind.FAILURE, "the guest shut down because of a system failure"
+            case _:
+                kind, detail = EndKind.REBOOT, "the guest asked for a reboot"
+        self.vcpus[hart].end(MachineEnd(kind, int(reset_type), int(reason), detail))
+
+    def report(self, reason: str, hart: int | None, console: tuple[str, ...], trace: str = "") -> CrashReport:
+        """Read every hart; all of them must be out of guest code."""
+        return CrashReport(
+            reason=reason,
+            panic=find_panic(console),
+            hart=hart,
+            harts=tuple(
+                report_hart(each, self.memory, self.states[each.id].name.lower()) for each in self.engine.harts
+            ),
+            console=console,
+            bus_faults=tuple(fault for vcpu in self.vcpus for fault in vcpu.bus_faults),
+            trace=trace,
+        )
+
+    def close(self) -> None:
+        """Stop the vCPUs' threads and give everything back."""
+        for vcpu in self.vcpus:
+            vcpu.stop()
+        for vcpu in self.vcpus:
+            vcpu.join()
+        self._built.close()
+
+
+class MicroVm:
+    """One virtual machine; a context manager.
+
+    Args:
+        config: what the VM is; it can still be changed by actions until the VM starts.
+    """
+
+    def __init__(self, config: VmConfig | None = None) -> None:
+        self._config = config if config is not None else VmConfig()
+        self._trace = Trace(self._config.trace, self._config.console.milestones)
+        self._console = Console(self._config.console.limit_bytes)
+        self._console.subscribe(lambda data: self._trace.console_output(data))
+        self._state = VmState.CONFIGURED
+        self._machine: Machine | None = None
+        self._cause: tuple[int | None, MachineEnd, str] | None = None
+        self._end: concurrent.futures.Future[MachineEnd] = concurrent.futures.Future()
+        self._report: CrashReport | None = None
+        self._started_at = self._stopped_at = 0.0
+        self._last_metrics: VmMetrics | None = None
+        self._lock = threading.Lock()
+        self._closing = threading.Lock()
+        self._closed = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._loop_thread: threading.Thread | None = None
+        self._leave: asyncio.Event | None = None
+        self._order = asyncio.Lock()
+        self._vcpus_changed = asyncio.Event()
+        self._handlers: dict[type[Any], Callable[[Any], Awaitable[object]]] = {
+            actions.ConfigureBootSource: self._configure_boot_source,
+            actions.SetVmConfiguration: self._set_configuration,
+            actions.GetVmConfiguration: self._get_configuration,
+            actions.StartMicroVm: self._start,
+            actions.PauseMicroVm: self._pause,
+            actions.ResumeMicroVm: self._resume,
+            actions.ShutdownMicroVm: self._shutdown,
+            actions.GetState: self._get_state,
+            actions.GetHypervisorMetrics: self._get_metrics,
+            actions.GetReport: self._get_report,
+        }
+        _OPEN.add(self)
+
+    @property
+    def config(self) -> VmConfig:
+        """The configuration as it stands."""
+        return self._config
+
+    @property
+    def state(self) -> VmState:
+        """Where the VM is in its life."""
+        return self._state
+
+    @property
+    def console(self) -> Console:
+        """The guest's console; it can be expected from and subscribed to before the VM starts."""
+        return self._console
+
+    @property
+    def trace(self) -> Trace:
+        """What the VM did."""
+        return self._trace
+
+    @property
+    def machine(self) -> Machine:
+        """Memory, engine, board and vCPUs; who changes them pauses the VM first.
+
+        Raises:
+            StateError: the VM has not started, or is closed.
+        """
+        if self._machine is None:
+            raise StateError(f"a VM that is {self._word()} has no machine; start it first")
+        return self._machine
+
+    @property
+    def end(self) -> MachineEnd | None:
+        """How the VM ended; None while it has not."""
+        return self._end.result() if self._end.done() else None
+
+    @property
+    def ended(self) -> concurrent.futures.Future[MachineEnd]:
+        """A future of :attr:`end`, a new one each time: ``await asyncio.wrap_future(vm.ended)``."""
+        given: concurrent.futures.Future[MachineEnd] = concurrent.futures.Future()
+
+        def pass_on(source: concurrent.futures.Future[MachineEnd]) -> None:
+            if given.set_running_or_notify_cancel():
+                given.set_result(source.result())
+
+        self._end.add_done_callback(pass_on)
+        return given
+
+    def request(self, action: VmmAction[AnswerT]) -> concurrent.futures.Future[AnswerT]:
+        """Send an action; the future holds its answer or its VmmError. Actions are carried out in the order of sending.
+
+        Raises:
+            ConfigError: something that is not an action.
+        """
+        handler = self._handlers.get(type(action))
+        if handler is None:
+            known = ", ".join(each.__name__ for each in self._handlers)
+            raise ConfigError(f"{action!r} is no action; the actions are {known}")
+        carrying_out = self._carry_out(cast(Callable[[VmmAction[AnswerT]], Awaitable[AnswerT]], handler), action)
+        with self._lock:
+            if not self._closed:
+                return asyncio.run_coroutine_threadsafe(carrying_out, self._running_loop())
+        carrying_out.close()
+        refused: concurrent.futures.Future[AnswerT] = concurrent.futures.Future()
+        refused.set_exception(StateError(f"{action.name} came to a VM that is closed; make a new one"))
+        return refused
+
+    def start(self) -> None:
+        """Build the machine, load the kernel, and let the harts run.
+
+        Raises:
+            StateError: the VM is not configured any more.
+            ConfigError: no kernel is configured, or the host cannot map that much memory.
+            BootError: kernel or initrd cannot be loaded. The VM stays configured and may be configured anew.
+            EngineError: the engine cannot be built.
+        """
+        if self._state is VmState.CONFIGURED and self._config.kernel is not None:
+            # On this thread, since the first time it compiles for seconds, and Ctrl-C reaches no other thread.
+            from vmm.engine.rv64.hart import Rv64Engine
+
+            Rv64Engine.prepare()
+        self._ask(actions.StartMicroVm())
+
+    def pause(self) -> None:
+        """Return when every vCPU thread is out of guest code. StateError unless the VM is running."""
+        self._ask(actions.PauseMicroVm())
+
+    def resume(self) -> None:
+        """Let a paused VM run on. StateError unless the VM is paused."""
+        self._ask(actions.ResumeMicroVm())
+
+    def shutdown(self, timeout: float | None = None) -> MachineEnd:
+        """End the VM as pulling the plug does, and say how it ended: if the guest was first, that counts.
+
+        Raises:
+            VmTimeout: a vCPU thread has not come out of a device within ``timeout`` seconds.
+        """
+        return self._ask(actions.ShutdownMicroVm(), timeout)
+
+    def wait(self, timeout: float | None = None) -> MachineEnd:
+        """Wait for the end of the VM.
+
+        Raises:
+            VmTimeout: it has not ended within ``timeout`` seconds; :meth:`report` tells where it stands.
+            StateError: it was never started.
+        """
+        if self._state is VmState.CONFIGURED:
+            raise StateError("a VM that is configured cannot be waited for; start it first")
+        self._refuse_own_thread("wait")
+        try:
+            return self._end.result(timeout)
+        except concurrent.futures.TimeoutError:
+            raise VmTimeout(
+                f"the VM is still {self._state} after {timeout:g} s; wait longer, or look at report()"
+            ) from None
+
+    def metrics(self) -> VmMetrics:
+        """The VM's counters now; of a stopped VM, its last ones."""
+        machine = self._machine
+        if machine is None:
+            return self._last_metrics or VmMetrics(0.0, (), ProcessMemory.now())
+        until = self._stopped_at or time.monotonic()
+        return VmMetrics(
+            uptime_seconds=until - self._started_at,
+            vcpus=tuple(vcpu.metrics() for vcpu in machine.vcpus),
+            memory=ProcessMemory.now(),
+        )
+
+    def report(self) -> CrashReport:
+        """Where every hart stands; of a VM that ended, where it ended and why. A running VM pauses for a moment.
+
+        Raises:
+            StateError: the VM has not started, or is closed after an end that nothing is to be said about.
+        """
+        return self._report if self._report is not None else self._ask(actions.GetReport()).report
+
+    def close(self) -> None:
+        """Shut down if need be and leave no thread, file or mapping. A second call does nothing."""
+        self._refuse_own_thread("close")
+        with self._closing:
+            if self._closed:
+                return
+            try:
+                if not self._end.done():
+                    self.request(actions.ShutdownMicroVm()).result()
+                self._last_metrics = self.metrics()
+            finally:
+                with self._lock:
+                    self._closed = True
+                    loop, leave, thread = self._loop, self._leave, self._loop_thread
+                if loop is not None and leave is not None and thread is not None and thread.is_alive():
+                    loop.call_soon_threadsafe(leave.set)
+                    thread.join()
+                machine, self._machine = self._machine, None
+                if machine is not None:
+                    machine.close()
+                _OPEN.discard(self)
+
+    def __enter__(self) -> MicroVm:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    async def __aenter__(self) -> MicroVm:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await asyncio.to_thread(self.close)
+
+    def _ask(self, action: VmmAction[AnswerT], timeout: float | None = None) -> AnswerT:
+        self._refuse_own_thread(action.name)
+        try:
+            return self.request(action).result(timeout)
+        except concurrent.futures.TimeoutError:
+            raise VmTimeout(f"{action.name} was not answered within {timeout} s; the VM is {self._state}") from None
+
+    def _refuse_own_thread(self, what: str) -> None:
+        machine, current = self._machine, threading.current_thread()
+        if current is self._loop_thread or (machine is not None and any(each.runs_here for each in machine.vcpus)):
+            raise StateError(f"{what} would wait for the thread it is called on, {current.name}; use request() there")
+
+    def _word(self) -> str:
+        return "closed" if self._closed else str(self._state)
+
+    # The loop: made with the first action, ended by close().
+
+    def _running_loop(self) -> asyncio.AbstractEventLoop:
+        if self._loop is None:
+            ready = threading.Event()
+            self._loop_thread = threading.Thread(target=self._run_loop, args=(ready,), name="vm-loop", daemon=True)
+            self._loop_thread.start()
+            ready.wait()
+        assert self._loop is not None
+        return self._loop
+
+    def _run_loop(self, ready: threading.Event) -> None:
+        async def live() -> None:
+            self._leave = asyncio.Event()
+            self._loop = asyncio.get_running_loop()
+            ready.set()
+            await self._leave.wait()
+
+        asyncio.run(live())
+
+    async def _carry_out(
+        self, handler: Callable[[VmmAction[AnswerT]], Awaitable[AnswerT]], action: VmmAction[AnswerT]
+    ) -> AnswerT:
+        async with self._order:
+            return await handler(action)
+
+    def _call_soon(self, callback: Callable[[], object]) -> None:
+        # A vCPU that ends after the loop did has nobody left to tell.
+        with contextlib.suppress(RuntimeError):
+            cast(asyncio.AbstractEventLoop, self._loop).call_soon_threadsafe(callback)
+
+    def _require(self, action: VmmAction[Any], *allowed: VmState) -> None:
+        if self._state not in allowed:
+            wanted = " or ".join(str(state) for state in allowed)
+            raise StateError(f"{action.name} came to a VM that is {self._state}; it needs one that is {wanted}")
+
+    # What follows runs on the loop's thread.
+
+    async def _configure_boot_source(self, action: actions.ConfigureBootSource) -> actions.Empty:
+        self._require(action, VmState.CONFIGURED)
+        cmdline = self._config.cmdline if action.cmdline is None else action.cmdline
+        self._config = self._config.replace(kernel=action.kernel, initrd=action.initrd, cmdline=cmdline)
+        return actions.Empty()
+
+    async def _set_configuration(self, action: actions.SetVmConfiguration) -> actions.Empty:
+        self._require(action, VmState.CONFIGURED)
+        config = self._config.replace(**action.changes)
+        if config.console.limit_bytes != self._config.console.limit_bytes:
+            raise ConfigError("console limit_bytes is decided when the VM is made; make a new VM to change it")
+        self._trace = Trace(config.trace, config.console.milestones)
+        self._config = config
+        return actions.Empty()
+
+    async def _get_configuration(self, action: actions.GetVmConfiguration) -> actions.VmConfiguration:
+        return actions.VmConfiguration(self._config)
+
+    async def _get_state(self, action: actions.GetState) -> actions.MachineState:
+        return actions.MachineState(self._state, self.end)
+
+    async def _get_metrics(self, action: actions.GetHypervisorMetrics) -> actions.HypervisorMetrics:
+        return actions.HypervisorMetrics(self.metrics())
+
+    async def _start(self, action: actions.StartMicroVm) -> actions.Empty:
+        self._require(action, VmState.CONFIGURED)
+        machine = Machine(
+            self._config,
+            self._console,
+            self._trace,
+            changed=lambda: self._call_soon(self._vcpus_changed.set),
+            ended=self._on_ended,
+        )
+        self._machine = machine
+        self._started_at = time.monotonic()
+        self._trace.start(lambda: machine.instructions)
+        self._state = VmState.RUNNING
+        for vcpu in machine.vcpus:
+            vcpu.start()
+        for vcpu in machine.vcpus:
+            vcpu.resume()
+        return actions.Empty()
+
+    async def _pause(self, action: actions.PauseMicroVm) -> actions.Empty:
+        self._require(action, VmState.RUNNING)
+        await self._stand_still(action)
+        self._state = VmState.PAUSED
+        return actions.Empty()
+
+    async def _resume(self, action: actions.ResumeMicroVm) -> actions.Empty:
+        self._require(action, VmState.PAUSED)
+        self._run_on()
+        return actions.Empty()
+
+    async def _shutdown(self, action: actions.ShutdownMicroVm) -> MachineEnd:
+        if not self._end.done():
+            self._claim_end(None, MachineEnd(EndKind.HOST, detail="the host shut the VM down"), "")
+            await self._finish()
+        return self._end.result()
+
+    async def _get_report(self, action: actions.GetReport) -> actions.MachineReport:
+        self._require(action, VmState.RUNNING, VmState.PAUSED, VmState.STOPPED)
+        if self._report is not None:
+            return actions.MachineReport(self._report)
+        was_running = self._state is VmState.RUNNING
+        if was_running:
+            await self._stand_still(action)
+        try:
+            reason = f"the VM was {self._state} when the report was asked for"
+            if (end := self.end) is not None:
+                reason = end.detail
+            return actions.MachineReport(self.machine.report(reason, None, self._last_lines()))
+        finally:
+            if was_running:
+                self._run_on()
+
+    async def _stand_still(self, action: VmmAction[Any]) -> None:
+        for vcpu in self.machine.vcpus:
+            vcpu.pause()
+        await self._until(VcpuState.PAUSED, VcpuState.EXITED)
+        if self._cause is not None:
+            await self._finish()
+            raise StateError(f"{action.name} came too late, since {self._cause[1].detail}")
+
+    def _run_on(self) -> None:
+        self._state = VmState.RUNNING
+        for vcpu in self.machine.vcpus:
+            vcpu.resume()
+
+    async def _until(self, *states: VcpuState) -> None:
+        while True:
+            self._vcpus_changed.clear()
+            if all(vcpu.state in states for vcpu in self.machine.vcpus):
+                return
+            await self._vcpus_changed.wait()
+
+    def _claim_end(self, hart: int | None, end: MachineEnd, trace: str) -> None:
+        """The first end counts; whoever comes with one, the others' vCPUs end too."""
+        with self._lock:
+            if self._cause is None:
+                self._cause = (hart, end, trace)
+        if self._machine is not None:
+            for vcpu in self._machine.vcpus:
+                vcpu.stop()
+
+    def _on_ended(self, hart: int, end: MachineEnd, trace: str) -> None:
+        """On a vCPU's thread."""
+        self._claim_end(hart, end, trace)
+        self._call_soon(lambda: self._spawn(self._finish_in_order()))
+
+    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        # The loop keeps only a weak reference to a task.
+        self._finishing = asyncio.ensure_future(coroutine)
+
+    async def _finish_in_order(self) -> None:
+        async with self._order:
+            await self._finish()
+
+    async def _finish(self) -> None:
+        if self._end.done() or self._cause is None:
+            return
+        hart, end, trace = self._cause
+        if self._machine is not None:
+            await self._until(VcpuState.EXITED)
+            for vcpu in self._machine.vcpus:
+                vcpu.join()
+            self._stopped_at = time.monotonic()
+            panic = find_panic(self._console.lines(PANIC_SEARCH_LINES))
+            if end.kind is EndKind.REBOOT and panic is not None:
+                end = MachineEnd(
+                    EndKind.PANIC, end.reset_type, end.reset_reason, f"the guest's kernel panicked: {panic}"
+                )
+            if end.kind in (EndKind.PANIC, EndKind.CRASH, EndKind.FAILURE):
+                self._report = self._machine.report(end.detail, hart, self._last_lines(), trace)
+        self._state = VmState.STOPPED
+        self._console.close(end.detail)
+        self._end.set_result(end)
+
+    def _last_lines(self) -> tuple[str, ...]:
+        return tuple(self._console.lines(self._config.console.report_lines))
+
+
+_OPEN: weakref.WeakSet[MicroVm] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """A VM that nobody closed must not run into the interpreter's end."""
+    for vm in list(_OPEN):
+        vm.close()
