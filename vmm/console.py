@@ -47,14 +47,16 @@ class Console:
 
     def __init__(self, limit: int = 4 * 1024 * 1024) -> None:
         self._limit = max(limit, 1)
-        self._changed = threading.Condition(threading.Lock())
+        self._most = self._limit + (self._limit >> 2)  # trimming costs: do it seldom
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
         self._output = bytearray()
-        # Text is decoded when somebody asks for it; _undecoded counts the bytes at the end of _output still to do.
+        # Text is decoded when somebody asks for it; _fed and _decoded count bytes from the beginning of time.
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._undecoded = 0
+        self._fed = 0
+        self._decoded = 0
         self._text = ""
         self._searched = 0  # index into _text: what follows has not been part of a match
-        self._fed = 0
         # The last byte of every literal that is awaited: output without one of them wakes nobody.
         self._awaited: list[int] = []
         self._subscribers: tuple[Subscriber, ...] = ()
@@ -64,13 +66,13 @@ class Console:
     @property
     def output(self) -> bytes:
         """The last ``limit`` bytes the guest printed."""
-        with self._changed:
+        with self._lock:
             return bytes(self._output[-self._limit :])
 
     @property
     def text(self) -> str:
         """The output as text; bytes that are not UTF-8 appear as U+FFFD."""
-        with self._changed:
+        with self._lock:
             self._decode()
             return self._text[-self._limit :]
 
@@ -82,23 +84,22 @@ class Console:
 
     def attach(self, line: SerialInput) -> None:
         """Connect the keyboard to a serial port; a console that was closed is open again."""
-        with self._changed:
+        with self._lock:
             self._line = line
             self._ended = None
 
     def close(self, reason: str) -> None:
         """Say that the machine has ended: ``reason`` is a clause such as "the guest shut down"."""
-        with self._changed:
+        with self._lock:
             self._ended = reason
             self._changed.notify_all()
 
     def feed(self, data: bytes) -> None:
         """Take output of the guest."""
-        with self._changed:
+        with self._lock:
             self._output += data
-            self._undecoded += len(data)
             self._fed += len(data)
-            if len(self._output) > self._limit + (self._limit >> 2):
+            if len(self._output) > self._most:
                 self._forget()
             if self._awaited and any(byte in data for byte in self._awaited):
                 self._changed.notify_all()
@@ -108,12 +109,12 @@ class Console:
 
     def subscribe(self, callback: Subscriber) -> None:
         """Call ``callback(data)`` with all further output, on the guest's own thread; it must return soon."""
-        with self._changed:
+        with self._lock:
             self._subscribers = (*self._subscribers, callback)
 
     def unsubscribe(self, callback: Subscriber) -> None:
         """Undo :meth:`subscribe`; a callback that is not subscribed is no error."""
-        with self._changed:
+        with self._lock:
             self._subscribers = tuple(each for each in self._subscribers if each != callback)
 
     def write(self, data: str | bytes, timeout: float = 60.0) -> None:
@@ -127,7 +128,7 @@ class Console:
         rest = memoryview(data.encode() if isinstance(data, str) else data)
         last_progress = time.monotonic()
         while rest:
-            with self._changed:
+            with self._lock:
                 line, ended = self._line, self._ended
             if ended is not None:
                 raise ConsoleClosed(f"the console cannot type {len(rest)} bytes: {ended}")
@@ -160,7 +161,7 @@ class Console:
         expression = re.compile(re.escape(pattern)) if isinstance(pattern, str) else pattern
         deadline = time.monotonic() + timeout
         seen = -1
-        with self._changed:
+        with self._lock:
             if literal:
                 self._awaited.append(literal[-1])
             try:
@@ -192,9 +193,10 @@ class Console:
         return match
 
     def _decode(self) -> None:
-        if self._undecoded:
-            self._text += self._decoder.decode(bytes(self._output[-self._undecoded :]))
-            self._undecoded = 0
+        fresh = self._fed - self._decoded
+        if fresh:
+            self._text += self._decoder.decode(bytes(self._output[-fresh:]))
+            self._decoded = self._fed
 
     def _forget(self) -> None:
         self._decode()

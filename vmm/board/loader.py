@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import FileIO
-from pathlib import Path
 from typing import Final
 
 from vmm.errors import BootError
@@ -110,7 +109,7 @@ def load_boot_source(
     with _open(kernel, "kernel") as (kernel_file, kernel_size):
         head = kernel_file.read(_HEAD_SIZE)
         loader = _load_elf if head.startswith(b"\x7fELF") else _load_image
-        pc, start, end = loader(memory, _Source(Path(kernel), kernel_file, kernel_size, head))
+        pc, start, end = loader(memory, _Source(os.fspath(kernel), kernel_file, kernel_size, head))
     place = _next_page(end)
     initrd_range = None
     if initrd is not None:
@@ -122,7 +121,7 @@ def load_boot_source(
                     f"the initial RAM disk {initrd} of {_mebibytes(size)} does not fit behind the kernel in"
                     f" {_mebibytes(memory.size)} of memory; give the machine at least {_mebibytes(needed)}"
                 )
-            _fill(memory, place, _Source(Path(initrd), initrd_file, size, b""), 0, size)
+            _fill(memory, place, _Source(os.fspath(initrd), initrd_file, size, b""), 0, size)
             place = _next_page(place + size)
     fdt = build_fdt(initrd_range)
     if place + len(fdt) > memory.end:
@@ -137,7 +136,7 @@ def load_boot_source(
 
 @dataclass(frozen=True, slots=True)
 class _Source:
-    path: Path
+    path: str
     file: FileIO
     size: int
     head: bytes

@@ -256,6 +256,7 @@ def _cpu_node(hart: int, mmu: str, phandle: int) -> Node:
             {
                 "compatible": "riscv,cpu-intc",
                 "interrupt-controller": True,
+                "#address-cells": 0,
                 "#interrupt-cells": 1,
                 "phandle": phandle,
             },

@@ -36,7 +36,7 @@ from vmm.irq import IrqLine
 
 UART_SIZE: Final = 0x100
 
-_RBR_THR, _IER, _IIR_FCR, _LCR, _MCR, _LSR, _MSR, _SCR = range(8)
+_LSR: Final = 5
 
 _IER_RECEIVED: Final = 0x01
 _IER_THRE: Final = 0x02
@@ -129,14 +129,11 @@ class Uart16550:
 
     def read(self, offset: int, width: int) -> int:
         """Read a register, with the side effects the data sheet gives it."""
+        if offset == _LSR and not self._overrun:
+            # A polling driver comes here once per byte; without side effects there is nothing to lock.
+            return _LSR_TRANSMITTER_IDLE | _LSR_DATA_READY if self._available() else _LSR_TRANSMITTER_IDLE
         with self._lock:
             match offset:
-                case 5:  # LSR first: a polling driver reads it once per byte
-                    status = _LSR_TRANSMITTER_IDLE | self._overrun | (_LSR_DATA_READY if self._available() else 0)
-                    if self._overrun:
-                        self._overrun = 0
-                        self._drive_interrupt()
-                    return status
                 case 0:
                     if self._lcr & _LCR_DLAB:
                         return self._divisor & 0xFF
@@ -153,6 +150,11 @@ class Uart16550:
                     return self._lcr
                 case 4:
                     return self._mcr
+                case 5:
+                    status = _LSR_TRANSMITTER_IDLE | self._overrun | (_LSR_DATA_READY if self._available() else 0)
+                    self._overrun = 0
+                    self._drive_interrupt()
+                    return status
                 case 6:
                     status = self._signals() | self._modem_delta
                     self._modem_delta = 0
@@ -167,16 +169,17 @@ class Uart16550:
         """Write a register; a byte written to THR is sent at once."""
         value &= 0xFF
         with self._lock:
-            match offset:
-                case 0 if not self._lcr & _LCR_DLAB:
-                    self._thre_pending = True
-                    if self._mcr & _MCR_LOOP:
-                        self._send_to_self(value)
+            sent = False
+            if offset or self._lcr & _LCR_DLAB:
+                self._write_control(offset, value)
+            else:
+                self._thre_pending = True
+                if self._mcr & _MCR_LOOP:
+                    self._send_to_self(value)
+                else:
+                    sent = True
+                if self._ier:
                     self._drive_interrupt()
-                    sent = not self._mcr & _MCR_LOOP
-                case _:
-                    self._write_control(offset, value)
-                    sent = False
         # Outside the lock: who listens may type an answer right away.
         if sent:
             self._output(_ONE_BYTE[value])
