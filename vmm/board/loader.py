@@ -213,8 +213,8 @@ def _load_elf(memory: GuestMemory, source: _Source) -> tuple[int, int, int]:
         if file_size > memory_size:
             raise source.error(f"has a segment of {file_size} bytes in the file but only {memory_size} in memory")
         _fill(memory, physical, source, offset, file_size)
-        if memory_size > file_size:
-            memory.write(physical + file_size, bytes(memory_size - file_size))
+        for zeros in range(physical + file_size, physical + memory_size, _MIB):
+            memory.write(zeros, bytes(min(_MIB, physical + memory_size - zeros)))
         # The entry is a virtual address; with satp = 0 the hart starts at the physical one.
         if virtual <= entry < virtual + memory_size:
             pc = entry - virtual + physical
