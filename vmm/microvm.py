@@ -101,13 +101,13 @@ class Machine:
         changed: Callable[[], None],
         ended: Callable[[int, MachineEnd, str], None],
     ) -> None:
-        # The compiled engine and the board are loaded when a machine is built, so that importing the package stays light.
+        if config.kernel is None:
+            raise ConfigError("the VM has no kernel: name one in the configuration, or with ConfigureBootSource")
+        # The compiled engine and the board are loaded when a machine is built, so that imports stay light.
         from vmm.board.loader import load_boot_source
         from vmm.board.riscv_virt import RAM_BASE, SUPERVISOR_EXTERNAL, Chosen, RiscvVirtBoard
         from vmm.engine.rv64.hart import Rv64Engine
 
-        if config.kernel is None:
-            raise ConfigError("the VM has no kernel: name one in the configuration, or with ConfigureBootSource")
         deterministic = config.clock == "deterministic"
         seed = DETERMINISTIC_SEED if deterministic else None
         with contextlib.ExitStack() as built:

@@ -1,0 +1,81 @@
+"""The configuration: what is refused, and in which words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vmm import ConfigError, ConsoleConfig, VmConfig
+
+
+def test_defaults_are_one_hart_and_real_time() -> None:
+    config = VmConfig()
+
+    assert (config.vcpus, config.clock, config.kernel) == (1, "real", None)
+    assert config.memory_bytes == config.memory_mib * 1024 * 1024
+
+
+def test_paths_may_be_given_as_text() -> None:
+    config = VmConfig(kernel="/boot/Image", initrd="initrd.cpio")  # type: ignore[arg-type]
+
+    assert (config.kernel, config.initrd) == (Path("/boot/Image"), Path("initrd.cpio"))
+
+
+def test_plain_data_makes_the_same_configuration() -> None:
+    data = {"vcpus": 2, "memory_mib": 128, "kernel": "Image", "console": {"report_lines": 5}}
+
+    assert VmConfig.from_dict(data) == VmConfig(
+        vcpus=2, memory_mib=128, kernel=Path("Image"), console=ConsoleConfig(report_lines=5)
+    )
+
+
+def test_a_mistyped_field_is_refused_with_the_likely_one() -> None:
+    with pytest.raises(ConfigError, match="no field 'vcpu': did you mean 'vcpus'"):
+        VmConfig.from_dict({"vcpu": 2})
+
+
+def test_a_mistyped_console_field_is_refused_with_the_likely_one() -> None:
+    with pytest.raises(ConfigError, match="console configuration has no field 'milestone': did you mean 'milestones'"):
+        VmConfig.from_dict({"console": {"milestone": {}}})
+
+
+def test_a_field_that_resembles_none_is_answered_with_all() -> None:
+    with pytest.raises(ConfigError, match=r"no field 'xyzzy': it knows vcpus, memory_mib"):
+        VmConfig.from_dict({"xyzzy": 1})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"vcpus": 0}, "vcpus is 0, it must be from 1 to 32"),
+        ({"vcpus": 33}, "vcpus is 33, it must be from 1 to 32"),
+        ({"vcpus": "2"}, "vcpus is '2', it must be a whole number from 1 to 32"),
+        ({"vcpus": True}, "vcpus is True, it must be a whole number"),
+        ({"memory_mib": 0}, "memory_mib is 0, it must be from 1 to"),
+        ({"memory_mib": -5}, "memory_mib is -5"),
+        ({"memory_mib": "256M"}, "memory_mib is '256M', it must be a whole number"),
+        ({"kernel": 7}, "kernel is 7, it must be the path of a file"),
+        ({"initrd": ""}, "initrd is '', it must be the path of a file"),
+        ({"cmdline": "a\0b"}, "without zero bytes"),
+        ({"cmdline": "x" * 1024}, "cmdline has 1024 bytes, Linux keeps at most 1023"),
+        ({"clock": "fast"}, "clock is 'fast', it must be 'real' or 'deterministic'"),
+        ({"clock": "deterministic", "vcpus": 2}, "deterministic clock needs vcpus = 1, not 2"),
+        ({"console": 5}, "console is 5, it must be a ConsoleConfig"),
+        ({"trace": "yes"}, "trace is 'yes', it must be True or False"),
+        ({"console": {"report_lines": -1}}, "report_lines is -1"),
+        ({"console": {"milestones": {"a": 1}}}, "must map names to regular expressions"),
+    ],
+)
+def test_a_value_that_cannot_work_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        VmConfig.from_dict(changes)
+
+
+def test_a_changed_copy_is_checked_like_a_new_one() -> None:
+    config = VmConfig(clock="deterministic")
+
+    with pytest.raises(ConfigError, match="needs vcpus = 1"):
+        config.replace(vcpus=2)
+    assert config.replace(memory_mib=96).memory_mib == 96
