@@ -238,8 +238,7 @@ def _require_room(memory: GuestMemory, source: _Source, end: int) -> None:
     needed = _next_page(end) + _FDT_ALLOWANCE - memory.base
     if needed > memory.size:
         raise source.error(
-            f"needs {_mebibytes(needed)} of memory to be loaded and the machine has {_mebibytes(memory.size)};"
-            f" give it at least {_mebibytes(needed)}"
+            f"does not fit into {_mebibytes(memory.size)} of memory; give the machine at least {_mebibytes(needed)}"
         )
 
 
