@@ -10,7 +10,7 @@ builds the board decides which context is which and connects each to an output. 
     0x200004 + 0x1000 * context       claim (read) and complete (write)
 
 Inputs are level-triggered: a gateway forwards one request when its wire is high and then stays shut until the source is
-completed (chapter 3). A request that was forwarded stays pending when the wire falls before the claim, as the chapter
+completed (section 1.2). A request that was forwarded stays pending when the wire falls before the claim, as the section
 says. In-range words that hold no register read 0 and ignore writes. As on SiFive's parts and QEMU's model, only aligned
 32-bit accesses are served; others raise BusError. Left out: edge-triggered gateways.
 """
@@ -149,7 +149,7 @@ class Plic:
 
     def _claim(self, context: int) -> int:
         """Take the pending source of the highest priority, the lowest number among equals; 0 when there is none."""
-        # Chapter 7: the threshold does not affect a claim. Priority 0 means "never interrupt".
+        # Chapter 8: the threshold does not affect a claim. Priority 0 means "never interrupt".
         candidates = self._pending & self._enabled[context]
         best = 0
         while candidates:

@@ -240,7 +240,7 @@ class Uart16550:
         self._interrupt.set(self._identify() != _IIR_NONE)
 
     def _control_fifos(self, value: int) -> None:
-        # 8.5: turning the FIFOs on or off empties them; the other bits count only while bit 0 is written as 1.
+        # 8.4: turning the FIFOs on or off empties them; the other bits count only while bit 0 is written as 1.
         fifos_on = bool(value & _FCR_ENABLE)
         if fifos_on != self._fifos_on or (fifos_on and value & _FCR_RESET_RECEIVER):
             self._loop.clear()
@@ -276,6 +276,6 @@ class Uart16550:
             self._loop.append(value)
             return
         self._overrun = _LSR_OVERRUN
-        # With FIFOs off the new byte replaces the unread one, with FIFOs on it is lost (8.4, overrun).
+        # With FIFOs off the new byte replaces the unread one, with FIFOs on it is lost (8.3, overrun).
         if not self._fifos_on:
             self._loop[0] = value

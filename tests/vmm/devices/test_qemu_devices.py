@@ -78,7 +78,7 @@ def board() -> Iterator[RiscvVirtBoard]:
 def uart_answers(machine: Qemu | RiscvVirtBoard, steps: list[Step]) -> list[tuple[int, int]]:
     bus = machine.bus if isinstance(machine, RiscvVirtBoard) else machine
     answers = []
-    # QEMU's MCR starts with OUT2 on, as firmware of a PC leaves it; the data sheet's reset value is 0 (table III).
+    # QEMU's MCR starts with OUT2 on, as firmware of a PC leaves it; the data sheet's reset value is 0 (table I).
     bus.write(UART_BASE + MCR, 1, 0)
     for register, value in steps:
         if value is None:
