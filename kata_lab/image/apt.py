@@ -1,0 +1,353 @@
+"""Debian packages of another architecture, through the host's own APT, without root and without touching the host's.
+
+APT does the whole of it: the archive's signature is verified against Debian's keyring (Signed-By), the index against
+the signature, each package against the index, as apt-secure(8) says. It runs with its own configuration, lists and
+cache beneath the cache directory (``APT_CONFIG``, apt.conf(5)); of the host's configuration only what says how to
+reach the network is taken over: proxies, time-outs, TLS certificates, login data (apt_auth.conf(5)). A package in the
+cache is hashed again before it is used. Dependencies are not resolved: only packages that are asked for by name are
+fetched.
+
+Tools: ``apt-config dump``, ``apt-get update``, ``apt-get download``, ``apt-cache show``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from kata_lab.errors import ImageError
+from kata_lab.image.deb import parse_fields
+from kata_lab.image.mirror import find_mirror
+from kata_lab.image.store import exclusive, publish, scratch, sha256_of
+from kata_lab.paths import cache_directory
+from kata_lab.progress import Progress, ProgressMode
+
+SUITE = "trixie"
+ARCHITECTURE = "riscv64"
+KEYRING_VARIABLE = "KATA_LAB_KEYRING"
+ATTEMPTS = 3
+
+_KEYRINGS = ("debian-archive-keyring.pgp", "debian-archive-keyring.gpg")
+_KEYRING_ADVICE = (
+    "install the package debian-archive-keyring (2023.3+deb12u2 or later, which has trixie's keys) "
+    f"or name such a keyring with {KEYRING_VARIABLE}"
+)
+_NETWORK_SETTING = re.compile(
+    r"Acquire::(https?|ftp|tor|tor\+https?|Retries|ForceIPv[46]|Send-URI-Encoded)(::|$)|Dir::Etc::netrc(parts)?$"
+    r"|Dir::Bin::methods$",
+    re.IGNORECASE,
+)
+_WEAKENING_SETTING = re.compile(r"::Verify-|::AllowDowngrade", re.IGNORECASE)
+_SETTING = re.compile(r'(?P<name>[^\s"]+) "(?P<value>[^"]*)";')
+_SIGNATURE = re.compile(
+    r"NO_PUBKEY|BADSIG|EXPKEYSIG|REVKEYSIG|couldn't be verified|is not signed|invalid signature"
+    r"|signatures? were invalid|GPG error|OpenPGP signature verification failed|Missing key"
+    r"|Release file.* is not valid yet|Release file.* expired"
+)
+_WRONG_CONTENT = re.compile(
+    r"Hash Sum mismatch|unexpected size|Clearsigned file isn't valid|Mirror sync in progress"
+    r"|Unable to find expected entry|Maximum size exceeded"
+)
+_MISSING = re.compile(r"\b404\b|File not found|does not have a Release file|doesn't support architecture")
+_LONGEST_COMPLAINT = 400
+
+
+@dataclass(frozen=True)
+class Package:
+    """A package as the signed index describes it. `sha256` (hexadecimal) and `size` (bytes) are those of the file."""
+
+    name: str
+    version: str
+    architecture: str
+    size: int
+    sha256: str
+    depends: str = ""
+
+    @property
+    def file_name(self) -> str:
+        """The name under which the cache holds it; the hash tells two builds of one version apart."""
+        version = self.version.replace(":", "%3a")
+        return f"{self.name}_{version}_{self.architecture}_{self.sha256[:16]}.deb"
+
+
+class PackageGoneError(ImageError):
+    """The mirror no longer has a file that the index names: the index is out of date."""
+
+
+class Archive:
+    """One suite of a Debian archive, for one architecture.
+
+    Args:
+        mirror: URI of the archive; None takes ``KATA_LAB_MIRROR`` or what the host's APT sources name.
+        suite: release code name.
+        architecture: of the packages, as Debian names it.
+        keyring: file of the OpenPGP keys to trust; None takes ``KATA_LAB_KEYRING`` or the host's Debian keyring.
+        progress: how to show downloads.
+
+    Raises:
+        ImageError: this machine has no APT, no Debian keyring, or APT's sources name no Debian archive.
+    """
+
+    def __init__(
+        self,
+        mirror: str | None = None,
+        *,
+        suite: str = SUITE,
+        architecture: str = ARCHITECTURE,
+        keyring: Path | None = None,
+        progress: ProgressMode = "auto",
+    ) -> None:
+        for program in ("apt-get", "apt-cache", "apt-config"):
+            if shutil.which(program) is None:
+                raise ImageError(
+                    f"this machine has no {program}: guest software comes from Debian packages through APT, so "
+                    "build on a Debian or Ubuntu machine and copy its cache directory here"
+                )
+        self.mirror = find_mirror(mirror)
+        self.suite = suite
+        self.architecture = architecture
+        self.keyring = find_keyring(keyring)
+        self._progress = progress
+        self._packages = cache_directory() / "packages"
+        identity = "\n".join((self.mirror, str(self.keyring), sha256_of(self.keyring)))
+        digest = hashlib.sha256(identity.encode()).hexdigest()[:16]
+        self._directory = cache_directory() / "apt" / f"{suite}-{architecture}-{digest}"
+
+    def update(self) -> None:
+        """Fetch the archive's index and verify its signature.
+
+        Raises:
+            ImageError: no network, no such suite, a signature that does not verify, or a mirror that serves something
+                else than what the signature covers, also when asked again.
+        """
+        with exclusive(self._directory) as lock:
+            self._configure()
+            for _ in range(ATTEMPTS):
+                complaint = self._apt_get("Reading Debian's package index", ["update"], self._directory, lock)
+                if not _is_wrong_content(complaint):
+                    break
+        if complaint:
+            raise self._error(f"the package index of Debian {self.suite}", complaint)
+
+    def find(self, name: str) -> Package:
+        """What the index says about the newest version of a package; fetches the index first if there is none yet.
+
+        Raises:
+            ImageError: the suite has no such package; or as update().
+        """
+        if not any((self._directory / "lists").glob("*_Packages*")):
+            self.update()
+        record = self._show(name)
+        if not record:
+            raise ImageError(f"Debian {self.suite} has no package {name!r} for {self.architecture}: check its spelling")
+        try:
+            return Package(
+                name=record["Package"],
+                version=record["Version"],
+                architecture=record["Architecture"],
+                size=int(record["Size"]),
+                sha256=record["SHA256"].lower(),
+                depends=record.get("Depends", ""),
+            )
+        except (KeyError, ValueError) as error:
+            raise ImageError(f"the index of suite {self.suite} describes {name!r} without a valid {error}") from error
+
+    def fetch(self, package: Package) -> Path:
+        """The file of a package: the one in the cache if its hash is right, else a download, verified.
+
+        Raises:
+            PackageGoneError: the index is out of date, so update() is due.
+            ImageError: no network, or a mirror that serves a wrong size or hash, also when asked again.
+        """
+        place = self._packages / package.file_name
+        with exclusive(self._packages) as lock:
+            if sha256_of(place) == package.sha256:
+                return place
+            for _ in range(ATTEMPTS):
+                with scratch(self._packages) as partial:
+                    complaint = self._apt_get(
+                        f"Fetching {package.name} {package.version}",
+                        ["download", f"{package.name}:{package.architecture}={package.version}"],
+                        partial,
+                        lock,
+                        package.size,
+                    )
+                    got = next(partial.glob("*.deb"), partial / "nothing")
+                    if not complaint and sha256_of(got) == package.sha256:
+                        publish(got, place)
+                        return place
+                complaint = complaint or "Hash Sum mismatch"
+                if not _is_wrong_content(complaint):
+                    break
+        raise self._error(f"the package {package.name} {package.version}", complaint)
+
+    def _configure(self) -> None:
+        """Write APT's configuration for this archive."""
+        directory = self._directory
+        for part in ("lists/partial", "archives/partial"):
+            (directory / part).mkdir(parents=True, exist_ok=True)
+        settings = {
+            **_host_network_settings(),
+            "Dir::Etc::main": "/dev/null",
+            "Dir::Etc::parts": "/dev/null",
+            "Dir::Etc::sourcelist": str(directory / "debian.sources"),
+            "Dir::Etc::sourceparts": "/dev/null",
+            "Dir::Etc::preferences": "/dev/null",
+            "Dir::Etc::preferencesparts": "/dev/null",
+            "Dir::Etc::trusted": "/dev/null",
+            "Dir::Etc::trustedparts": "/dev/null",
+            "Dir::State": str(directory),
+            "Dir::State::lists": str(directory / "lists"),
+            "Dir::State::status": str(directory / "status"),
+            "Dir::Cache": str(directory),
+            "Dir::Cache::archives": str(directory / "archives"),
+            "Dir::Cache::srcpkgcache": "",
+            "Dir::Log": str(directory),
+            "APT::Architecture": self.architecture,
+            "APT::Sandbox::User": "root",  # a sandbox user could not reach a private cache; only root has one at all
+            "Acquire::Languages": "none",
+            "Acquire::PDiffs": "false",
+            "Acquire::GzipIndexes": "true",  # keeps the index compressed on disk
+            "Acquire::AllowInsecureRepositories": "false",
+            "Acquire::AllowWeakRepositories": "false",
+            "Acquire::AllowDowngradeToInsecureRepositories": "false",
+            "APT::Get::AllowUnauthenticated": "false",
+            "APT::Update::Error-Mode": "any",
+        }
+        lines = [f'{name} "{value}";' for name, value in settings.items()]
+        lines += ["#clear APT::Architectures;", f'APT::Architectures {{ "{self.architecture}"; }};', ""]
+        sources = {
+            "Types": "deb",
+            "URIs": self.mirror,
+            "Suites": self.suite,
+            "Components": "main",
+            "Architectures": self.architecture,
+            "Signed-By": str(self.keyring),
+        }
+        with scratch(directory) as new:
+            (new / "apt.conf").write_text("\n".join(lines))
+            (new / "debian.sources").write_text("".join(f"{name}: {value}\n" for name, value in sources.items()))
+            (new / "status").touch()
+            for file in new.iterdir():
+                file.replace(directory / file.name)
+
+    def _show(self, name: str) -> dict[str, str]:
+        with exclusive(self._directory) as lock:
+            self._configure()
+            answer = subprocess.run(
+                ["apt-cache", "show", "--no-all-versions", "--", name],
+                env=self._environment(),
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                pass_fds=(lock,),
+                check=False,
+            )
+        return parse_fields(answer.stdout.partition("\n\n")[0])
+
+    def _environment(self) -> dict[str, str]:
+        return {**os.environ, "APT_CONFIG": str(self._directory / "apt.conf"), "LC_ALL": "C"}
+
+    def _apt_get(self, title: str, arguments: Sequence[str], place: Path, lock: int, size: int = 0) -> str:
+        """Run apt-get in the directory `place`, showing how far it is; its complaint, empty when all went well."""
+        complaints: list[str] = []
+        with (
+            Progress(title, total=size or 100, unit="B" if size else "", mode=self._progress) as bar,
+            subprocess.Popen(
+                ["apt-get", "-q", "-oAPT::Status-Fd=1", *arguments],
+                cwd=place,
+                env=self._environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                errors="replace",
+                pass_fds=(lock,),
+            ) as process,
+        ):
+            assert process.stdout is not None
+            try:
+                for line in process.stdout:
+                    if line.startswith("dlstatus:"):
+                        percent = float(line.split(":")[2])
+                        bar.advance_to(percent * size / 100 if size else percent)
+                    elif line.startswith(("E:", "W:")):
+                        complaints.append(" ".join(line[2:].split()))
+            except BaseException:
+                process.terminate()
+                raise
+        if process.returncode == 0 and not any("Failed to fetch" in line for line in complaints):
+            return ""
+        return "; ".join(complaints) or f"apt-get ended with status {process.returncode}"
+
+    def _error(self, what: str, complaint: str) -> ImageError:
+        """What APT complained of, as one sentence that says what to do."""
+        says = f"(APT says: {complaint[:_LONGEST_COMPLAINT].rstrip('.')})"
+        if _SIGNATURE.search(complaint):
+            return ImageError(
+                f"the signature of {self.mirror} does not verify with the keys in {self.keyring}: "
+                f"use a Debian mirror, or {_KEYRING_ADVICE} {says}"
+            )
+        if _is_wrong_content(complaint):
+            return ImageError(
+                f"{self.mirror} served {what} with a wrong hash or size, {ATTEMPTS} times, so it is refused: "
+                f"try again later or choose another mirror {says}"
+            )
+        if _MISSING.search(complaint):
+            return PackageGoneError(
+                f"{self.mirror} does not have {what} for {self.architecture}: choose a mirror that carries it {says}"
+            )
+        return ImageError(
+            f"{what} could not be fetched from {self.mirror}: "
+            f"check the network, APT's proxy settings and the mirror {says}"
+        )
+
+
+def find_keyring(keyring: Path | None = None) -> Path:
+    """The file of the keys that sign Debian's archive.
+
+    Args:
+        keyring: an explicit choice; else the environment's ``KATA_LAB_KEYRING``; else the host's package
+            debian-archive-keyring.
+
+    Raises:
+        ImageError: there is none.
+    """
+    if keyring is None and os.environ.get(KEYRING_VARIABLE):
+        keyring = Path(os.environ[KEYRING_VARIABLE])
+    if keyring is not None:
+        if not keyring.is_file():
+            raise ImageError(f"the keyring {keyring} does not exist: {_KEYRING_ADVICE}")
+        return keyring.absolute()
+    for name in _KEYRINGS:
+        found = Path("/usr/share/keyrings") / name
+        if found.is_file():
+            return found
+    raise ImageError(f"this machine has no keys of the Debian archive: {_KEYRING_ADVICE}")
+
+
+def _host_network_settings() -> dict[str, str]:
+    """How the host's APT reaches the network; nothing that weakens a verification."""
+    answer = subprocess.run(
+        ["apt-config", "dump"], stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", check=False
+    )
+    settings: dict[str, str] = {}
+    for line in answer.stdout.splitlines():
+        match = _SETTING.fullmatch(line.strip())
+        if match is None or not match["value"]:
+            continue
+        name = match["name"]
+        if _NETWORK_SETTING.match(name) and not _WEAKENING_SETTING.search(name):
+            settings[name] = match["value"]
+    return settings
+
+
+def _is_wrong_content(complaint: str) -> bool:
+    return _WRONG_CONTENT.search(complaint) is not None and _SIGNATURE.search(complaint) is None
