@@ -90,6 +90,7 @@ class Vcpu:
         # Read without the lock after every exit; set together with what it announces.
         self._attention = True
         self._exits = [0] * (max(ExitReason) + 1)
+        self._halted = False
         self._slept_ns = 0
         self._cpu_seconds = 0.0
         self._instructions: int | None = None
@@ -169,7 +170,8 @@ class Vcpu:
     def _live(self) -> None:
         try:
             while self._admitted():
-                self._guest()
+                if self._awake():
+                    self._guest()
         except Exception as error:
             detail = f"serving hart {self.hart.id} raised {type(error).__name__}: {error}"
             self.end(MachineEnd(EndKind.CRASH, detail=detail), traceback.format_exc())
@@ -196,11 +198,6 @@ class Vcpu:
                     break
                 self._condition.wait()
             self._enter(VcpuState.RUNNING)
-        if self._states[hart_id] is HartState.STARTED:
-            return True
-        if self._states[hart_id] is HartState.SUSPENDED and not self._woken():
-            return self._admitted()
-        self._take_up(was_suspended=self._states[hart_id] is HartState.SUSPENDED)
         return True
 
     def _enter(self, state: VcpuState) -> None:
@@ -208,28 +205,37 @@ class Vcpu:
             self._state = state
             self._changed()
 
+    def _awake(self) -> bool:
+        """Bring a hart that is halted, suspended or about to start to where it can run; False if it still sleeps."""
+        state = self._states[self.hart.id]
+        if (self._halted or state is HartState.SUSPENDED) and not self._woken():
+            return False
+        self._halted = False
+        if state is HartState.STARTED:
+            return True
+        entry = self._states.take_up(self.hart.id)
+        if entry is None:
+            self.hart.complete_sbi(0, 0)
+        else:
+            if state is HartState.START_PENDING:
+                self.hart.set_interrupt(SSIP, False)
+            self.hart.reset(entry.address, self.hart.id, entry.opaque)
+        return True
+
     def _woken(self) -> bool:
-        """Sleep as a suspended hart does; True once an enabled interrupt is pending, False if the thread is wanted."""
+        """Sleep as WFI does; True once an enabled interrupt is pending, False if somebody asks for the thread.
+
+        A request wakes the thread but not the hart: it sleeps on afterwards, so that being paused changes nothing in
+        the guest.
+        """
         csr = self.hart.csr
         while not self._attention:
             if csr["sip"] & csr["sie"]:
                 return True
-            self._sleep()
+            began = time.monotonic_ns()
+            self.hart.wait()
+            self._slept_ns += time.monotonic_ns() - began
         return False
-
-    def _take_up(self, was_suspended: bool) -> None:
-        entry = self._states.take_up(self.hart.id)
-        if entry is None:
-            self.hart.complete_sbi(0, 0)
-            return
-        if not was_suspended:
-            self.hart.set_interrupt(SSIP, False)
-        self.hart.reset(entry.address, self.hart.id, entry.opaque)
-
-    def _sleep(self) -> None:
-        began = time.monotonic_ns()
-        self.hart.wait()
-        self._slept_ns += time.monotonic_ns() - began
 
     def _guest(self) -> None:
         """Run guest code and serve its exits until somebody asks for the thread."""
@@ -268,7 +274,7 @@ class Vcpu:
                     if self._states.all_stopped:
                         self.end(MachineEnd(EndKind.CRASH, detail="every hart has stopped itself, none is left to run"))
             case ExitReason.HALTED:
-                self._sleep()
+                self._halted = not self._woken()
             case ExitReason.INTERRUPTED | ExitReason.BUDGET:
                 pass
             case ExitReason.SHUTDOWN:

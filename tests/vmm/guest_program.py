@@ -41,8 +41,9 @@ class Program:
     def load_immediate(self, register: str, value: int) -> Program:
         """Any 64-bit value, 11 bits at a time."""
         value &= (1 << 64) - 1
-        self.put("addi", rd=register, rs1="zero", imm=0)
-        for shift in range(55, -1, -11):
+        highest = max(value.bit_length() - 1, 0) // 11 * 11
+        self.put("addi", rd=register, rs1="zero", imm=value >> highest)
+        for shift in range(highest - 11, -1, -11):
             self.put("slli", rd=register, rs1=register, imm=11)
             self.put("ori", rd=register, rs1=register, imm=value >> shift & 0x7FF)
         return self

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -120,14 +121,35 @@ def test_a_paused_vm_retires_nothing_and_runs_on_when_resumed(make_vm: MakeVm) -
     assert wait_until(lambda: vm.metrics().instructions > 0)
 
     vm.pause()
-    before = vm.metrics().instructions
-    assert vm.state is VmState.PAUSED
+    before = vm.metrics()
     time.sleep(0.05)
-    assert vm.metrics().instructions == before
+    assert (vm.state, before.vcpus[0].state, vm.metrics().instructions) == (
+        VmState.PAUSED,
+        "paused",
+        before.instructions,
+    )
     vm.resume()
 
-    assert wait_until(lambda: vm.metrics().instructions > before)
+    assert wait_until(lambda: vm.metrics().instructions > before.instructions)
     assert vm.state is VmState.RUNNING
+
+
+def test_a_pause_while_the_hart_sleeps_does_not_wake_it(make_vm: MakeVm) -> None:
+    program = Program().load_immediate("t0", SSIE).put("csrrs", rd="zero", csr="sie", rs1="t0").print("z")
+    vm = make_vm(program.put("wfi").print("woken").forever())
+    vm.start()
+    vm.console.expect("z", timeout=30)
+
+    for _ in range(5):
+        vm.pause()
+        vm.resume()
+    vm.pause()
+    vm.machine.engine.harts[0].set_interrupt(1, True)
+    before = vm.console.text
+    vm.resume()
+    vm.console.expect("woken", timeout=30)
+
+    assert before == "z"
 
 
 def test_pause_and_resume_need_their_states(make_vm: MakeVm) -> None:
@@ -303,9 +325,9 @@ def test_an_ipi_wakes_another_hart(make_vm: MakeVm) -> None:
 
 def test_remote_fences_return_while_the_other_harts_run_sleep_or_are_stopped(make_vm: MakeVm) -> None:
     program = Program().start_hart(1, "spins").start_hart(2, "sleeps")
-    for _ in range(50):
-        program.ecall(RFENCE, 0, 0, ALL).ecall(RFENCE, 1, 0, ALL, 0, 0).ecall(RFENCE, 1, 0b111, 0, 0x1000, 0x2000)
-    program.print("done").reset()
+    program.load_immediate("s0", 50).label("again")
+    program.ecall(RFENCE, 0, 0, ALL).ecall(RFENCE, 1, 0, ALL, 0, 0).ecall(RFENCE, 1, 0b111, 0, 0x1000, 0x2000)
+    program.put("addi", rd="s0", rs1="s0", imm=-1).put("bne", rs1="s0", rs2="zero", imm="again").print("done").reset()
     program.label("spins").put("jal", rd="zero", imm="spins")
     program.label("sleeps").put("wfi").put("jal", rd="zero", imm="sleeps")
 
@@ -387,9 +409,9 @@ def test_a_vm_leaves_no_thread_file_or_mapping(make_vm: MakeVm, vcpus: int) -> N
     before = left()
 
     for _ in range(5):
-        with make_vm(Program().forever(), vcpus=vcpus) as vm:
+        with make_vm(Program().print("up").forever(), vcpus=vcpus) as vm:
             vm.start()
-            assert wait_until(lambda vm=vm: vm.metrics().instructions > 0)
+            vm.console.expect("up", timeout=30)
 
     threads, files, mappings = left()
     assert threads == before[0]
@@ -428,10 +450,10 @@ def test_close_from_the_vms_own_thread_is_refused_but_requests_are_not(make_vm: 
 
 
 def test_ctrl_c_while_waiting_leaves_no_thread(make_vm: MakeVm) -> None:
-    import _thread
-
     before = threading.active_count()
-    timer = threading.Timer(0.3, _thread.interrupt_main)
+    main = threading.main_thread().ident
+    assert main is not None
+    timer = threading.Timer(0.3, signal.pthread_kill, (main, signal.SIGINT))
     with make_vm(Program().forever(), vcpus=2) as vm:
         vm.start()
         timer.start()
