@@ -1,8 +1,9 @@
 """A two-pass assembler for the few instructions that the referees' driver and prelude need.
 
-It is written apart from `vmm.engine.rv64.instructions` on purpose: the driver must not inherit a mistake of the table that
-it helps to examine. Encodings: The RISC-V Instruction Set Manual, volume I (20191213), chapter 24, and volume II (20211203),
-chapter 10. Left out: everything that the driver does not use, pseudo-instructions other than :meth:`Assembler.load`, relaxation.
+It is written apart from `vmm.engine.rv64.instructions` on purpose: the driver must not inherit a mistake of the table
+that it helps to examine. Encodings: The RISC-V Instruction Set Manual, volume I (20191213), chapter 24, and volume II
+(20211203), chapter 10. Left out: everything that the driver does not use, pseudo-instructions other than
+:meth:`Assembler.load`, relaxation.
 """
 
 from __future__ import annotations

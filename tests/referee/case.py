@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 
 PAGE = 4096
 
-# Where the shared address space shows things to a case. All lie above 4 GiB, so that no 32-bit result points there by chance.
+# Where the shared address space shows things to a case. All lie above 4 GiB, so that no 32-bit result points there by
+# chance.
 CODE_S = 0x11_4000_0000
 CODE_U = 0x11_8000_0000
 DATA_S = 0x11_C000_0000

@@ -1,8 +1,9 @@
 """The machines that run an image: `qemu-system-riscv64` and our engine.
 
-QEMU is started without firmware (`-bios none`); a machine-mode prelude of our own opens all memory to S-mode, delegates
-every trap but the supervisor's environment call, and answers that call as the harness answers our engine's: SRST ends the
-run, everything else is "not supported". Guest RAM is a shared memory file, so the results are simply read from it.
+QEMU is started without firmware (`-bios none`); a machine-mode prelude of our own opens all memory to S-mode,
+delegates every trap but the supervisor's environment call, and answers that call as the harness answers our engine's:
+SRST ends the run, everything else is "not supported". Guest RAM is a shared memory file, so the results are simply
+read from it.
 
 The CPU is QEMU's `rv64` reduced to what our hart implements: RV64GC, Zicsr, Zifencei, Zicntr, Sstc.
 """
@@ -14,6 +15,8 @@ import mmap
 import os
 import subprocess
 from collections.abc import Sequence
+
+from vmm.engine.rv64.hart import Rv64Engine
 
 from tests.referee import assembly as asm
 from tests.referee.assembly import A0, A1, A7, T0, T1, T6, ZERO, Assembler
@@ -28,6 +31,8 @@ from tests.referee.image import (
     SRST,
     build_image,
 )
+from vmm.engine.base import ExitReason
+from vmm.memory import GuestMemory
 
 QEMU = "qemu-system-riscv64"
 _CPU = "rv64,h=off,zba=off,zbb=off,zbc=off,zbs=off,Zfh=off,v=off,svinval=off,svnapot=off,svpbmt=off,sstc=on"
@@ -135,3 +140,24 @@ def _execute(command: list[str], file: int) -> None:
             ) from error
     if process.returncode:
         raise RefereeError(f"{QEMU} ended with status {process.returncode} instead of 0: {output.decode()[-500:]}")
+
+
+def run_on_engine(cases: Sequence[Case]) -> list[Outcome]:
+    """The outcome of every case on our engine, one hart.
+
+    Raises:
+        RefereeError: the hart came back for any other reason than an environment call.
+    """
+    image = build_image(cases)
+    with GuestMemory(MEMORY_BASE, MEMORY_SIZE) as memory, Rv64Engine(memory) as engine:
+        memory.write(COMMONS, COMMONS_CONTENT)
+        memory.write(ENTRY, image.content)
+        hart = engine.harts[0]
+        hart.reset(ENTRY, 0, 0)
+        while True:
+            left = hart.run(1 << 40)
+            if left.reason is not ExitReason.SBI_CALL:
+                raise RefereeError(f"our hart came back with {left} at {hart.pc:#x}; it must only call SBI")
+            if left.args[7] == SRST:
+                return image.outcomes(memory.read)
+            hart.complete_sbi(*SBI_ANSWER)

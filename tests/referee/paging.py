@@ -1,6 +1,7 @@
 """Page tables for the referees, built in a private arena of guest-physical pages.
 
-Follows The RISC-V Instruction Set Manual, volume II (20211203), 4.4 (Sv39) and 4.5 (Sv48). Left out: Sv57, Svnapot, Svpbmt.
+Follows The RISC-V Instruction Set Manual, volume II (20211203), 4.4 (Sv39) and 4.5 (Sv48). Left out: Sv57, Svnapot,
+Svpbmt.
 """
 
 from __future__ import annotations

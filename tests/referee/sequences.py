@@ -1,8 +1,8 @@
 """Invents cases: legal blocks of every extension, and words near and far from legal ones.
 
-A :class:`Recipe` is all that decides a batch, so a batch is named by it. Blocks never loop: branches go forward, a computed
-jump goes to a known place or, last in its block, to nowhere. The registers that the driver lives on (sscratch, stvec, satp)
-are only changed by units that put them back.
+A :class:`Recipe` is all that decides a batch, so a batch is named by it. Blocks never loop: branches go forward, a
+computed jump goes to a known place or, last in its block, to nowhere. The registers that the driver lives on
+(sscratch, stvec, satp) are only changed by units that put them back.
 """
 
 from __future__ import annotations
@@ -381,7 +381,7 @@ class _Composer:
         return prepare + word_bytes(*go)
 
     def _interrupt(self) -> bytes:
-        """A software or timer interrupt becomes pending and enabled, in any order; half of them are waited for with WFI."""
+        """A software or timer interrupt becomes pending and enabled, in any order; half the time for WFI to find."""
         (bit,) = self.scratch(1)
         random = self.random
         if random.random() < 0.5:
@@ -489,7 +489,7 @@ def is_safe_word(word: int, *, user: bool) -> bool:
     opcode, funct3 = word & 0x7F, word >> 12 & 7
     if word & 3 != 3:
         return not (word & 3 == 1 and word >> 13 & 7 in (5, 6, 7))
-    if opcode == 0x6F or opcode == 0x63 and funct3 not in (2, 3):
+    if opcode == 0x6F or (opcode == 0x63 and funct3 not in (2, 3)):
         return False
     if opcode != 0x73:
         return True

@@ -32,7 +32,8 @@ DOUBLES = (
     *(0x43E0_0000_0000_0001, 0x43EF_FFFF_FFFF_FFFF, 0x43F0_0000_0000_0000, 0x7FEF_FFFF_FFFF_FFFE),
     *(0x7FEF_FFFF_FFFF_FFFF, 0x7FF0_0000_0000_0000, 0x7FF0_0000_0000_0001, 0x7FF7_FFFF_FFFF_FFFF),
     *(0x7FF8_0000_0000_0000, 0x7FF8_0000_0000_0001, 0x7FFF_FFFF_FFFF_FFFF, 0x1FF0_0000_0000_0000),
-    # The borders of single precision, as doubles: largest, overflow by rounding, smallest normal and subnormal, halves of it.
+    # The borders of single precision, as doubles: largest, overflow by rounding, smallest normal and subnormal,
+    # halves of it.
     *(0x47EF_FFFF_E000_0000, 0x47EF_FFFF_F000_0000, 0x47EF_FFFF_EFFF_FFFF, 0x47F0_0000_0000_0000),
     *(0x3810_0000_0000_0000, 0x380F_FFFF_F000_0000, 0x380F_FFFF_E000_0000, 0x380F_FFFF_EFFF_FFFF),
     *(0x36A0_0000_0000_0000, 0x3690_0000_0000_0000, 0x3690_0000_0000_0001, 0x3680_0000_0000_0000),
