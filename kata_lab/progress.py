@@ -132,4 +132,5 @@ def _resolve(mode: ProgressMode, stream: TextIO) -> Literal["bar", "lines", "off
 
 
 def _in_notebook() -> bool:
-    return "ipykernel" in sys.modules and not sys.stderr.isatty()
+    ipython = sys.modules.get("IPython")
+    return ipython is not None and hasattr(ipython.get_ipython(), "kernel")
