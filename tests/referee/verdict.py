@@ -86,24 +86,34 @@ def _page_pairs(ours: Outcome, theirs: Outcome) -> list[tuple[str, bytes, bytes]
     return [(f"page {index}", left, right) for index, (left, right) in enumerate(pairs)]
 
 
-def reduce_case(case: Case, differs: Callable[[Case], bool]) -> Case:
-    """The same disagreement with as few instructions and as plain registers as can be found greedily."""
-    units = list(case.units)
-    for index, unit in enumerate(units):
+def reduce_case(case: Case, differ: Callable[[Sequence[Case]], list[bool]]) -> Case:
+    """The same disagreement with as few instructions and as plain registers as a greedy search finds.
+
+    ``differ`` says for each of several candidates whether it still shows a disagreement.
+    """
+    for index, unit in enumerate(case.units):
         blank = asm.C_NOP.to_bytes(2, "little") * (len(unit) // 2)
-        shorter = replace(case, units=(*units[:index], blank, *units[index + 1 :]))
-        if unit != blank and differs(shorter):
-            units[index] = blank
+        shorter = replace(case, units=(*case.units[:index], blank, *case.units[index + 1 :]))
+        if unit != blank and differ([shorter])[0]:
             case = shorter
-    for name in ("x", "f"):
-        values = list(getattr(case, name))
-        for index in range(32):
-            fewer = (*values[:index], 0, *values[index + 1 :])
-            plainer = replace(case, x=fewer) if name == "x" else replace(case, f=fewer)
-            if values[index] and differs(plainer):
-                values[index] = 0
-                case = plainer
+    places = [(name, index) for name in "xf" for index in range(32) if getattr(case, name)[index]]
+    verdicts = differ([_plainer(case, [place]) for place in places]) if places else []
+    idle = [place for place, still in zip(places, verdicts, strict=True) if still]
+    plain = _plainer(case, idle)
+    if differ([plain])[0]:
+        return plain
+    for place in idle:
+        plainer = _plainer(case, [place])
+        if differ([plainer])[0]:
+            case = plainer
     return case
+
+
+def _plainer(case: Case, places: Sequence[tuple[str, int]]) -> Case:
+    """``case`` with the registers at ``places`` zero."""
+    x = tuple(0 if ("x", index) in places else value for index, value in enumerate(case.x))
+    f = tuple(0 if ("f", index) in places else value for index, value in enumerate(case.f))
+    return replace(case, x=x, f=f)
 
 
 def listing(code: bytes, start: int) -> list[str]:
@@ -141,13 +151,14 @@ def disagreements(cases: Sequence[Case], ours: Machine, theirs: Machine, limit: 
         if not differences(mine, other):
             continue
 
-        def differs(candidate: Case) -> bool:
-            return bool(differences(ours([candidate])[0], theirs([candidate])[0]))
+        def differ(candidates: Sequence[Case]) -> list[bool]:
+            pairs = zip(ours(candidates), theirs(candidates), strict=True)
+            return [bool(differences(left, right)) for left, right in pairs]
 
-        if not differs(case):
+        if not differ([case])[0]:
             reports.append(f"differs only after its predecessors: {describe(case, differences(mine, other))}")
         else:
-            small = reduce_case(case, differs)
+            small = reduce_case(case, differ)
             reports.append(describe(small, differences(ours([small])[0], theirs([small])[0])))
         if len(reports) == limit:
             break
