@@ -1,4 +1,4 @@
-"""Exact floating-point arithmetic of the hart: any rounding mode, any operand, every flag, in integer arithmetic alone.
+"""Exact floating-point arithmetic of the hart: any rounding mode, any operand, every flag, in integer arithmetic.
 
 Follows IEEE 754-2008 with the choices of the RISC-V unprivileged specification (20191213, chapters 11 and 12: "F" and
 "D"): a result that is not a number is the canonical one, and tininess is detected after rounding.
@@ -8,13 +8,18 @@ also a binary64 value (``floating.widen``); ``wide`` is the format of the result
 there is one rounding, into that format. Between unpacking and rounding a magnitude is an integer ``significand`` whose
 unit the ``exponent`` tells. Addition and multiplication are fused multiply-add with an operand of one or zero.
 
-Slow (tens of nanoseconds) and small on purpose: ``floating`` takes whatever the host's own floating point does alike.
-Left out: the operand checks of ``floating``'s fast paths, and NaN boxing, which is the executor's.
+Slow (tens of nanoseconds) and small on purpose: ``floating`` gives the host's own floating point whatever that does
+alike; only conversions of integers do so here. Left out: NaN boxing, which is the executor's.
 """
 
 from __future__ import annotations
 
+import numpy as np
+
 from vmm.engine.rv64.native import (
+    as_bits32,
+    as_bits64,
+    as_f64,
     count_leading_zeros,
     divide_unsigned,
     less_unsigned,
@@ -45,7 +50,8 @@ HALF_LIMB = (1 << 26) - 1
 @native
 def raised(flags: int, exceptions: int) -> int:
     """OR exception bits into the word of accrued flags at a host address; returns the new word."""
-    return store_i64(flags, load_i64(flags) | exceptions)  # type: ignore[no-any-return]
+    result: int = store_i64(flags, load_i64(flags) | exceptions)
+    return result
 
 
 @native
@@ -78,7 +84,8 @@ def exponent_of(pattern: int) -> int:
     biased = (pattern >> 52) & 0x7FF
     if biased:
         return biased - 1023
-    return -1011 - count_leading_zeros(pattern & FRACTION)  # type: ignore[no-any-return]
+    result: int = -1011 - count_leading_zeros(pattern & FRACTION)
+    return result
 
 
 @native
@@ -87,7 +94,14 @@ def significand_of(pattern: int) -> int:
     fraction = pattern & FRACTION
     if (pattern >> 52) & 0x7FF:
         return fraction | HIDDEN
-    return fraction << (count_leading_zeros(fraction | 1) - 11)  # type: ignore[no-any-return]
+    result: int = fraction << (count_leading_zeros(fraction | 1) - 11)
+    return result
+
+
+@native
+def least(left: int, right: int) -> int:
+    """The lesser of two integers."""
+    return left if left < right else right
 
 
 @native
@@ -125,17 +139,18 @@ def packed(sign: int, exponent: int, significand: int, rounding: int, flags: int
     if exponent <= 0:
         # Tiny unless rounding as if exponents had no lower bound makes it the least normal number.
         tiny = int(exponent < 0 or (rounded(significand, drop, sign, rounding) >> (fraction_bits + 1)) == 0)
-        significand = jammed(significand, min(1 - exponent, 62))
+        significand = jammed(significand, least(1 - exponent, 62))
         exponent = 1
     exceptions = int((significand & ((1 << drop) - 1)) != 0)
     exceptions |= (exceptions & tiny) * UNDERFLOW
     greatest = infinity(0, wide) - 1
     # The hidden bit adds 1 to the exponent field; so does a carry out of rounding.
-    pattern = rounded(significand, drop, sign, rounding) + ((min(exponent, bias + bias + 1) - 1) << fraction_bits)
-    if pattern > greatest:
+    pattern = rounded(significand, drop, sign, rounding) + ((exponent - 1) << fraction_bits)
+    if exponent > bias + bias or pattern > greatest:
         exceptions = OVERFLOW | INEXACT
-        to_infinity = rounding == NEAREST_EVEN or rounding == NEAREST_AWAY or rounding == UP - sign
-        pattern = greatest + int(to_infinity)
+        pattern = greatest
+        if rounding == NEAREST_EVEN or rounding >= NEAREST_AWAY or rounding == UP - sign:
+            pattern += 1
     if exceptions:
         raised(flags, exceptions)
     return (sign << (31 + 32 * wide)) | pattern
@@ -172,13 +187,13 @@ def fused(a: int, b: int, c: int, rounding: int, flags: int, wide: int) -> int:
         exponent = exponent_of(c)
     if distance >= 0:
         if distance > 56:
-            low_c, high_c = jammed(high_c, min(distance - 56, 63)), 0
+            low_c, high_c = jammed(high_c, least(distance - 56, 63)), 0
         else:
             low_c, high_c = (high_c << (56 - distance)) & LIMB, high_c >> distance
     else:
         exponent -= distance
         if distance < -56:
-            low = jammed(high, min(-56 - distance, 63)) | int(low != 0)
+            low = jammed(high, least(-56 - distance, 63)) | int(low != 0)
             high = 0
         else:
             low = jammed(low, -distance) | ((high << (56 + distance)) & LIMB)
@@ -278,9 +293,19 @@ def to_integer(a: int, width: int, signed: int, rounding: int, flags: int) -> in
     Out of range it is the nearest there is, and the invalid flag alone; a NaN counts as greater than all
     (unprivileged 20191213, table 11.4).
     """
+    value = as_f64(a)
+    if -9.2e18 < value < 9.2e18:
+        # The host truncates. That is the answer if it is exact, or asked for and the inexact flag is up already.
+        truncated: int = int(value)
+        beyond = truncated >> (width - 1)
+        if (beyond == 0 or beyond == -signed) and (
+            np.float64(truncated) == value or (rounding == TOWARD_ZERO and load_i64(flags) & INEXACT)
+        ):
+            return truncated
+
     size = a & MAGNITUDE
     sign = int(a < 0 and size <= INFINITY)
-    ceiling = shift_right_logical(-1, 64 - width + signed)
+    ceiling: int = shift_right_logical(-1, 64 - width + signed)
     if sign:
         ceiling = signed << (width - 1)
     exceptions = 0
@@ -291,7 +316,7 @@ def to_integer(a: int, width: int, signed: int, rounding: int, flags: int) -> in
     elif exponent >= 52:
         whole = significand_of(a) << (exponent - 52)
     else:
-        drop = min(52 - exponent, 55)
+        drop = least(52 - exponent, 55)
         significand = significand_of(a)
         whole = rounded(significand, drop, sign, rounding)
         exceptions = int((significand & ((1 << drop) - 1)) != 0)
@@ -308,11 +333,15 @@ def to_integer(a: int, width: int, signed: int, rounding: int, flags: int) -> in
 @native
 def from_integer(value: int, signed: int, rounding: int, flags: int, wide: int) -> int:
     """The value of a 64-bit integer, rounded."""
-    if value == 0:
-        return 0
-    sign = int(signed != 0 and value < 0)
-    if sign:
-        value = ~value + 1
-    if value < 0 or value >= 1 << 62:
-        return packed(sign, 63, shift_right_logical(value, 2) | int((value & 3) != 0), rounding, flags, wide)
-    return packed(sign, 61, value, rounding, flags, wide)
+    size = value
+    sign = 0
+    if signed and value < 0:
+        size, sign = ~value + 1, 1
+    # The host converts signed integers, to nearest even: without rounding, or with the inexact flag up already.
+    exact = 0 <= size <= 1 << (24 + 29 * wide)
+    if exact or (rounding == NEAREST_EVEN and sign == int(value < 0) and load_i64(flags) & INEXACT):
+        result: int = as_bits64(np.float64(value)) if wide else as_bits32(np.float32(value))
+        return result
+    if size < 0 or size >= 1 << 62:
+        return packed(sign, 63, shift_right_logical(size, 2) | int((size & 3) != 0), rounding, flags, wide)
+    return packed(sign, 61, size, rounding, flags, wide)
