@@ -21,6 +21,7 @@ class ExitReason(enum.IntEnum):
     BUDGET = 6  #: the given number of instructions has been retired
     SHUTDOWN = 7  #: the guest ended itself
     INTERNAL_ERROR = 8  #: a state that the engine must never reach
+    STUCK = 9  #: the trap vector cannot be fetched, so that every fault leads to the next
 
 
 @dataclass(frozen=True, slots=True)

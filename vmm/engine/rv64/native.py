@@ -9,18 +9,33 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from llvmlite import ir
 from numba import njit, types
+from numba.core import compiler
+from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
 I8, I16, I32, I64 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
-I128 = ir.IntType(128)
+I1, I128 = ir.IntType(1), ir.IntType(128)
 F32, F64 = ir.FloatType(), ir.DoubleType()
 
-#: Whether compiled functions can be called from Python too. The build of the engine has no use for it and clears it.
+#: Whether ``native`` makes functions that Python can call. The build of the engine clears it: it only wants their text.
 python_face = True
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A function that the build compiled: its symbol, and LLVM text that defines it."""
+
+    symbol: str
+    text: str
+
+
+#: What ``native`` has compiled for the build, by what it returned.
+compiled_functions: dict[Callable[..., int], Compiled] = {}
 
 
 def native(function: Callable[..., int]) -> Callable[..., int]:
@@ -29,15 +44,42 @@ def native(function: Callable[..., int]) -> Callable[..., int]:
     One explicit signature: left to itself, numba makes one variant for each literal argument.
     """
     count = len(inspect.signature(function).parameters)
-    signature = types.int64(*[types.int64] * count)
-    compiled = njit(signature, error_model="numpy", no_cpython_wrapper=not python_face)(function)
-    return compiled  # type: ignore[no-any-return]
+    if python_face:
+        signature = types.int64(*[types.int64] * count)
+        return njit(signature, error_model="numpy")(function)  # type: ignore[no-any-return]
+    return _for_build(function, count)
+
+
+def _for_build(function: Callable[..., int], count: int) -> Callable[..., int]:
+    """Compile to LLVM text only. Others call the function by its symbol, so that each one's text stays its own."""
+    flags = compiler.Flags()
+    flags.no_cpython_wrapper = flags.no_cfunc_wrapper = flags.no_compile = True
+    flags.error_model = "numpy"
+    result = compiler.compile_extra(
+        cpu_target.typing_context, cpu_target.target_context, function, (types.int64,) * count, types.int64, flags, {}
+    )
+    symbol = str(result.fndesc.mangled_name)
+
+    def emit_call(builder: ir.IRBuilder, *values: ir.Value) -> ir.Value:
+        """numba's calling convention: status ``f(result *, exception **, arguments …)``. Nothing raises."""
+        pointer = I64.as_pointer()
+        kind = ir.FunctionType(I32, [pointer, pointer] + [I64] * count)
+        callee = builder.module.globals.get(symbol) or ir.Function(builder.module, kind, symbol)
+        with builder.goto_entry_block():
+            place = builder.alloca(I64)
+        builder.call(callee, [place, ir.Constant(pointer, None), *values])
+        return builder.load(place)
+
+    name = f"call_{function.__name__}"
+    called = define(name, emit_call, types.int64, (types.int64,) * count, function.__doc__ or "")
+    compiled_functions[called] = Compiled(symbol, str(result.library.get_llvm_str()))
+    return called  # type: ignore[no-any-return]
 
 
 Emit = Callable[..., ir.Value]
 
 
-def _define(name: str, emit: Emit, result: types.Type, arguments: tuple[types.Type, ...], words: str) -> Any:
+def define(name: str, emit: Emit, result: types.Type, arguments: tuple[types.Type, ...], words: str) -> Any:
     """An intrinsic called ``name``: ``emit(builder, *values)`` writes its instructions."""
 
     def code(context: Any, builder: ir.IRBuilder, signature: Any, values: list[ir.Value]) -> ir.Value:
@@ -72,7 +114,7 @@ def _load(name: str, element: ir.IntType, signed: bool) -> Any:
             return value
         return builder.sext(value, I64) if signed else builder.zext(value, I64)
 
-    return _define(name, emit, types.int64, (types.int64,), f"The {element.width}-bit integer at a host address.")
+    return define(name, emit, types.int64, (types.int64,), f"The {element.width}-bit integer at a host address.")
 
 
 def _store(name: str, element: ir.IntType) -> Any:
@@ -82,7 +124,7 @@ def _store(name: str, element: ir.IntType) -> Any:
         return value
 
     words = f"Store the low {element.width} bits of a value at a host address."
-    return _define(name, emit, types.int64, (types.int64, types.int64), words)
+    return define(name, emit, types.int64, (types.int64, types.int64), words)
 
 
 load_i8 = _load("load_i8", I8, True)
@@ -99,11 +141,11 @@ store_i64 = _store("store_i64", I64)
 
 
 def _binary(name: str, words: str) -> Callable[[Emit], Any]:
-    return lambda emit: _define(name, emit, types.int64, (types.int64, types.int64), words)
+    return lambda emit: define(name, emit, types.int64, (types.int64, types.int64), words)
 
 
 def _unary(name: str, words: str) -> Callable[[Emit], Any]:
-    return lambda emit: _define(name, emit, types.int64, (types.int64,), words)
+    return lambda emit: define(name, emit, types.int64, (types.int64,), words)
 
 
 shift_right_logical = _binary("shift_right_logical", "Logical shift right; the amount is 0..63.")(
@@ -134,7 +176,7 @@ def _high(name: str, left_signed: bool, right_signed: bool) -> Any:
         wide_right = builder.sext(right, I128) if right_signed else builder.zext(right, I128)
         return builder.trunc(builder.lshr(builder.mul(wide_left, wide_right), ir.Constant(I128, 64)), I64)
 
-    return _define(name, emit, types.int64, (types.int64, types.int64), "Upper 64 bits of the 128-bit product.")
+    return define(name, emit, types.int64, (types.int64, types.int64), "Upper 64 bits of the 128-bit product.")
 
 
 multiply_high_signed = _high("multiply_high_signed", True, True)
@@ -142,7 +184,7 @@ multiply_high_unsigned = _high("multiply_high_unsigned", False, False)
 multiply_high_signed_unsigned = _high("multiply_high_signed_unsigned", True, False)
 
 count_leading_zeros = _unary("count_leading_zeros", "Leading zero bits of a 64-bit pattern: 0..64.")(
-    lambda b, v: b.ctlz(v, ir.Constant(ir.IntType(1), 0))
+    lambda b, v: b.ctlz(v, ir.Constant(I1, 0))
 )
 
 
@@ -151,24 +193,24 @@ def _floating(name: str, function: str, kind: ir.Type, numba_kind: types.Type, c
         declared = builder.module.declare_intrinsic(f"llvm.{function}", [kind])
         return builder.call(declared, values)
 
-    return _define(name, emit, numba_kind, (numba_kind,) * count, f"IEEE 754 {function}, rounded to nearest even.")
+    return define(name, emit, numba_kind, (numba_kind,) * count, f"IEEE 754 {function}, rounded to nearest even.")
 
 
 sqrt64 = _floating("sqrt64", "sqrt", F64, types.float64, 1)
 sqrt32 = _floating("sqrt32", "sqrt", F32, types.float32, 1)
 
-as_f64 = _define("as_f64", lambda b, v: b.bitcast(v, F64), types.float64, (types.int64,), "A pattern as a double.")
-as_bits64 = _define("as_bits64", lambda b, v: b.bitcast(v, I64), types.int64, (types.float64,), "A double's pattern.")
-as_f32 = _define(
+as_f64 = define("as_f64", lambda b, v: b.bitcast(v, F64), types.float64, (types.int64,), "A pattern as a double.")
+as_bits64 = define("as_bits64", lambda b, v: b.bitcast(v, I64), types.int64, (types.float64,), "A double's pattern.")
+as_f32 = define(
     "as_f32", lambda b, v: b.bitcast(b.trunc(v, I32), F32), types.float32, (types.int64,), "Low 32 bits as a float."
 )
-as_bits32 = _define(
+as_bits32 = define(
     "as_bits32", lambda b, v: b.zext(b.bitcast(v, I32), I64), types.int64, (types.float32,), "A float's pattern."
 )
 
 
 def _fma(name: str, kind: ir.Type, numba_kind: types.Type) -> Any:
-    return _define(
+    return define(
         name, lambda b, x, y, z: b.fma(x, y, z), numba_kind, (numba_kind,) * 3, "x × y + z, rounded once to nearest."
     )
 
@@ -184,7 +226,7 @@ def _atomic(name: str, operation: str, element: ir.IntType) -> Any:
         return old if element.width == 64 else builder.sext(old, I64)
 
     words = f"Atomic {operation} of {element.width} bits at an aligned host address; returns the old value, sign-extended."
-    return _define(name, emit, types.int64, (types.int64, types.int64), words)
+    return define(name, emit, types.int64, (types.int64, types.int64), words)
 
 
 def _atomics(operation: str, stem: str) -> tuple[Any, Any]:
@@ -210,7 +252,7 @@ def _compare_exchange(name: str, element: ir.IntType) -> Any:
         return builder.zext(builder.extract_value(pair, 1), I64)
 
     words = "Store a value if the aligned host address still holds the expected one; 1 if it did, else 0."
-    return _define(name, emit, types.int64, (types.int64, types.int64, types.int64), words)
+    return define(name, emit, types.int64, (types.int64, types.int64, types.int64), words)
 
 
 compare_exchange_i32 = _compare_exchange("compare_exchange_i32", I32)
@@ -226,8 +268,8 @@ def _emit_atomic_store(builder: ir.IRBuilder, address: ir.Value, value: ir.Value
     return value
 
 
-acquire_i64 = _define("acquire_i64", _emit_atomic_load, types.int64, (types.int64,), "Atomic load with acquire order.")
-publish_i64 = _define(
+acquire_i64 = define("acquire_i64", _emit_atomic_load, types.int64, (types.int64,), "Atomic load with acquire order.")
+publish_i64 = define(
     "publish_i64", _emit_atomic_store, types.int64, (types.int64, types.int64), "Sequentially consistent store."
 )
 
@@ -237,7 +279,7 @@ def _emit_fence(builder: ir.IRBuilder) -> ir.Value:
     return ir.Constant(I64, 0)
 
 
-memory_fence = _define("memory_fence", _emit_fence, types.int64, (), "Order all memory accesses before against after.")
+memory_fence = define("memory_fence", _emit_fence, types.int64, (), "Order all memory accesses before against after.")
 
 CLOCK_MONOTONIC = 1
 
@@ -254,4 +296,4 @@ def _emit_monotonic_ns(builder: ir.IRBuilder) -> ir.Value:
     return builder.add(builder.mul(seconds, ir.Constant(I64, 1_000_000_000)), rest)
 
 
-monotonic_ns = _define("monotonic_ns", _emit_monotonic_ns, types.int64, (), "The host's monotonic clock, nanoseconds.")
+monotonic_ns = define("monotonic_ns", _emit_monotonic_ns, types.int64, (), "The host's monotonic clock, nanoseconds.")

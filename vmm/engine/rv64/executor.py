@@ -1,0 +1,202 @@
+"""The executor: code for every row of the instruction table, and the loop that runs it.
+
+From each row's meaning comes one statement of Python; ``source()`` shows them all. numba compiles the statements in
+groups, and LLVM joins the groups into one jump table inside the loop of ``loop.run``.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+
+from vmm.engine.rv64 import arithmetic, floating, mmu, native, operands, system
+from vmm.engine.rv64.instructions import INSTRUCTIONS, Instruction
+from vmm.engine.rv64.layout import Hart
+from vmm.engine.rv64.native import I64, define
+
+GROUP = 16  #: rows that numba compiles as one function: its analyses take more than linear time
+DISPATCH = "rv64_dispatch"  #: the jump table's symbol, made when everything is linked
+PARAMETERS = "operation, s, word, record, retired"
+
+CSR_OPERATIONS = {"csr_write": system.WRITE, "csr_set": system.SET, "csr_clear": system.CLEAR}
+
+_LOAD = re.compile(r"(rd|fd) = (?:box\()?([iu]\d+)\[(.+?)\]\)?$")
+_STORE = re.compile(r"([iu]\d+)\[(.+)\] = (.+)$")
+_BRANCH = re.compile(r"if (.+): goto pc \+ imm$")
+_JUMP = re.compile(r"(rd = link; )?goto (.+)$")
+_ATOMIC = re.compile(r"rd = (atomic_\w+)\[rs1\]\(rs2\)$")
+_RESERVED = re.compile(r"rd = (load_reserved|store_conditional)_(i32|i64)\(.+\)$")
+_CSR = re.compile(r"rd = (csr_\w+)\(csr, (\w+)\)$")
+_PLAIN = re.compile(r"(rd|fd) = (.+)$")
+
+_OPERANDS = {
+    "zimm": "(word >> 16 & 255)",
+    "imm": "(word >> 32)",
+    "flags": "(s + FFLAGS)",
+    "rm": "mode",
+    **{name: f"{name}(s, word)" for name in ("rs1", "rs2", "fs1", "fs2", "fs3")},
+}
+
+
+def _fetch(meaning: str) -> str:
+    """A meaning's operands, as expressions that fetch them."""
+    return re.sub(r"\b(rs1|rs2|fs1|fs2|fs3|zimm|imm|rm|flags)\b", lambda name: _OPERANDS[name[0]], meaning)
+
+
+def _guards(row: Instruction) -> list[str]:
+    """What must hold before a floating-point instruction: FS is not off, the rounding mode is not a reserved one."""
+    lines = []
+    if re.search(r"\bf[ds]\d?\b", row.semantics):
+        changes = "fd =" in row.semantics or "flags" in row.semantics
+        lines += [f"if {'floating_dirty' if changes else 'floating_off'}(s):", "    return 0"]
+    if re.search(r"\brm\b", row.semantics):
+        lines += ["mode = rounding_mode(s, word)", "if mode < 0:", "    return 0"]
+    return lines
+
+
+_SYSTEM = {
+    "memory_fence": ["memory_fence()", "return going_on({next})"],
+    "fence_i": ["fence_instructions(s)", "return serialise(s, {link})"],
+    "ecall": ["environment_call(s)", "return 0"],
+    "ebreak": ["raise_exception(s, 3, 0)", "return 0"],
+    "sret": ["if load_i64(s + PRIVILEGE) == 0:", "    illegal(s)", "    return 0", "return serialise(s, return_from_trap(s))"],
+    "wfi": ["if wait_for_interrupt(s, retired - 1):", "    return 0", "return serialise(s, {link})"],
+    "sfence_vma": [
+        "if fence_translations(s, word >> 16 & 255, rs1(s, word)):",
+        "    return 0",
+        "return serialise(s, {link})",
+    ],
+}
+
+
+def _statements(row: Instruction) -> list[str]:
+    """Python for one row: ends by returning the next record, or 0."""
+    meaning = row.semantics
+    following, link = f"record + {row.length << 2}", f"pc_of(s, record) + {row.length}"
+    near = "jump_near(s, record + (word >> 32), retired)"  # the decoder scaled the distance to records
+    lines = _guards(row)
+    if found := _LOAD.match(meaning):
+        lines.append(f"return load_{found[1][0].replace('r', 'x')}_{found[2]}(s, word, {_fetch(found[3])}, {following})")
+    elif found := _STORE.match(meaning):
+        lines.append(f"return store_to_{found[1]}(s, {_fetch(found[2])}, {_fetch(found[3])}, {following})")
+    elif found := _BRANCH.match(meaning):
+        lines += [f"if {_fetch(found[1])}:", f"    return {near}", f"return going_on({following})"]
+    elif found := _JUMP.match(meaning):
+        target = near if found[2] == "pc + imm" else f"jump_far(s, target_{row.operation}, retired)"
+        if found[2] != "pc + imm":
+            lines.append(f"target_{row.operation} = {_fetch(found[2])}")
+        if found[1]:
+            lines.append(f"set_rd(s, word, {link}, {following})")
+        lines.append(f"return {target}")
+    elif found := _ATOMIC.match(meaning):
+        width = 4 if found[1].endswith("i32") else 8
+        lines += [
+            f"host = atomic_address(s, rs1(s, word), {width})",
+            "if host == 0:",
+            "    return 0",
+            f"return set_rd(s, word, {found[1]}(host, rs2(s, word)), {following})",
+        ]
+    elif found := _RESERVED.match(meaning):
+        lines += [
+            f"if {found[1]}_{found[2]}(s, word):",
+            "    return 0",
+            f"return going_on({following})",
+        ]
+    elif found := _CSR.match(meaning):
+        writes = "1" if found[1] == "csr_write" else "word >> 16 & 255"
+        arguments = f"word >> 32 & 4095, {CSR_OPERATIONS[found[1]]}, {_fetch(found[2])}, {writes}, retired - 1"
+        lines += [f"return access_csr_of(s, word, record, {arguments})"]
+    elif found := _PLAIN.match(meaning):
+        value = _fetch(found[2]).replace("pc +", "pc_of(s, record) +")
+        lines.append(f"return set_{found[1]}(s, word, {value}, {following})")
+    else:
+        texts = _SYSTEM[re.sub(r"\(.*", "", meaning)]
+        lines += [text.format(next=following, link=link) for text in texts]
+    return lines
+
+
+def group_source(number: int) -> str:
+    """Python text of one group of rows."""
+    lines = [f"def group_{number}({PARAMETERS}):"]
+    for row in INSTRUCTIONS[number * GROUP : (number + 1) * GROUP]:
+        lines.append(f"    if operation == {row.operation}:  # {row.name}: {row.semantics}")
+        lines += ["        " + line for line in _statements(row)]
+    lines += ["    illegal(s)", "    return 0"]
+    return "\n".join(lines) + "\n"
+
+
+def source() -> str:
+    """Python text of all rows."""
+    return "\n\n".join(group_source(number) for number in range(groups()))
+
+
+def groups() -> int:
+    """How many groups there are."""
+    return -(-len(INSTRUCTIONS) // GROUP)
+
+
+def _emit_dispatch(builder: ir.IRBuilder, *values: ir.Value) -> ir.Value:
+    kind = ir.FunctionType(I64, [I64] * 4)
+    function = builder.module.globals.get(DISPATCH) or ir.Function(builder.module, kind, DISPATCH)
+    return builder.call(function, values)
+
+
+dispatch = define("dispatch", _emit_dispatch, types.int64, (types.int64,) * 4, "Execute one record: next record or 0.")
+
+
+def dispatch_module(symbols: list[str]) -> str:
+    """LLVM text of the jump table: for each operation a call of its group, with the operation as a constant, which LLVM
+    inlines and cuts down to the one row. The groups have numba's calling convention (result and exception pointers)."""
+    kind = "i32 (ptr, ptr, i64, i64, i64, i64, i64)"
+    cases, blocks = [], []
+    for row in INSTRUCTIONS:
+        symbol = symbols[(row.operation - INSTRUCTIONS[0].operation) // GROUP]
+        cases.append(f"    i8 {row.operation}, label %row{row.operation}")
+        blocks += [
+            f"row{row.operation}:",
+            f"  %s{row.operation} = call {kind} @{symbol}(ptr %result, ptr null, i64 {row.operation},"
+            " i64 %s, i64 %word, i64 %record, i64 %retired)",
+            "  br label %end",
+        ]
+    declared = [f"declare i32 @{symbol}(ptr, ptr, i64, i64, i64, i64, i64)" for symbol in symbols]
+    return "\n".join(
+        [
+            *declared,
+            f"define i64 @{DISPATCH}(i64 %s, i64 %word, i64 %record, i64 %retired) alwaysinline {{",
+            "entry:",
+            "  %result = alloca i64",
+            "  store i64 0, ptr %result",
+            "  %operation = trunc i64 %word to i8",
+            "  switch i8 %operation, label %end [",
+            *cases,
+            "  ]",
+            *blocks,
+            "end:",
+            "  %following = load i64, ptr %result",
+            "  ret i64 %following",
+            "}",
+        ]
+    )
+
+
+def compile_groups() -> list[Any]:
+    """The groups, compiled."""
+    names = namespace()
+    compiled = []
+    for number in range(groups()):
+        exec(compile(group_source(number), f"<rv64 rows, group {number}>", "exec"), names)
+        compiled.append(native.native(names[f"group_{number}"]))
+    return compiled
+
+
+def namespace() -> dict[str, Any]:
+    """What the compiled texts refer to."""
+    names: dict[str, Any] = {}
+    for module in (native, arithmetic, mmu, system, floating, operands):
+        names.update({name: value for name, value in vars(module).items() if not name.startswith("_")})
+    names.update({name: value for name, value in vars(Hart).items() if not name.startswith("_")})
+    names["SIGN"] = -1 << 63
+    return names

@@ -1,0 +1,272 @@
+"""Operands of a decoded record, and what ends an instruction: intrinsics and small functions that LLVM inlines.
+
+A row's code gets ``(s, word, record, retired)`` and returns the address of the next record, or 0 to leave the page's
+straight line: with FAULT set for an exception or exit, else to go on at NEXT_PC.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+
+from vmm.engine.rv64.arithmetic import box
+from vmm.engine.rv64.layout import DATA_ENTRY, SHADOW_SPAN, TLB_ENTRIES, Hart
+from vmm.engine.rv64.mmu import atomic_address, load_missed, reserve_address, store_missed
+from vmm.engine.rv64.native import (
+    I1,
+    I8,
+    I64,
+    compare_exchange_i32,
+    compare_exchange_i64,
+    define,
+    less_unsigned,
+    load_i8,
+    load_i16,
+    load_i32,
+    load_i64,
+    load_u8,
+    load_u16,
+    load_u32,
+    native,
+    store_i8,
+    store_i16,
+    store_i32,
+    store_i64,
+)
+from vmm.engine.rv64.system import access_csr, illegal
+
+S_TLB, S_FAULT, S_FS, S_FRM, S_LIMIT = Hart.TLB, Hart.FAULT, Hart.FS, Hart.FRM, Hart.LIMIT
+S_PAGE, S_PAGE_PC, S_NEXT_PC = Hart.PAGE, Hart.PAGE_PC, Hart.NEXT_PC
+S_SERIALISE, S_RESERVATION, S_RESERVED_VALUE = Hart.SERIALISE, Hart.RESERVATION, Hart.RESERVED_VALUE
+TLB_MASK = TLB_ENTRIES - 1
+
+
+def _place(builder: ir.IRBuilder, s: ir.Value, word: ir.Value, low: int, file: int) -> ir.Value:
+    """Pointer to the register whose number is the byte of ``word`` at bit ``low``."""
+    index = builder.zext(builder.trunc(builder.lshr(word, ir.Constant(I64, low)), I8), I64)
+    base = builder.inttoptr(builder.add(s, ir.Constant(I64, file)), I64.as_pointer())
+    return builder.gep(base, [index])
+
+
+def _read(name: str, low: int, file: int) -> Any:
+    return define(
+        name,
+        lambda b, s, word: b.load(_place(b, s, word, low, file), align=8),
+        types.int64,
+        (types.int64, types.int64),
+        "The value of a register operand.",
+    )
+
+
+rs1 = _read("rs1", 16, Hart.X)
+rs2 = _read("rs2", 24, Hart.X)
+fs1 = _read("fs1", 16, Hart.F)
+fs2 = _read("fs2", 24, Hart.F)
+fs3 = _read("fs3", 40, Hart.F)
+
+
+def _assume_nonzero(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
+    assume = builder.module.globals.get("llvm.assume") or ir.Function(
+        builder.module, ir.FunctionType(ir.VoidType(), [I1]), "llvm.assume"
+    )
+    builder.call(assume, [builder.icmp_unsigned("!=", value, ir.Constant(I64, 0))])
+    return value
+
+
+going_on = define(
+    "going_on", _assume_nonzero, types.int64, (types.int64,), "The next record; LLVM is told that it is not 0."
+)
+
+
+def _write(name: str, file: int) -> Any:
+    def emit(builder: ir.IRBuilder, s: ir.Value, word: ir.Value, value: ir.Value, following: ir.Value) -> ir.Value:
+        builder.store(value, _place(builder, s, word, 8, file), align=8)
+        return _assume_nonzero(builder, following)
+
+    words = "Set the destination register; returns the next record."
+    return define(name, emit, types.int64, (types.int64,) * 4, words)
+
+
+set_rd = _write("set_rd", Hart.X)
+set_fd = _write("set_fd", Hart.F)
+
+
+@native
+def pc_of(s: int, record: int) -> int:
+    """Virtual address of the instruction whose record this is."""
+    return load_i64(s + S_PAGE_PC) + ((record - load_i64(s + S_PAGE)) >> 2)
+
+
+@native
+def jump_near(s: int, target: int, retired: int) -> int:
+    """Go on at a record; through NEXT_PC if it is in another page or something waits."""
+    if less_unsigned(target - load_i64(s + S_PAGE), SHADOW_SPAN) and retired < load_i64(s + S_LIMIT):
+        return going_on(target)
+    store_i64(s + S_NEXT_PC, pc_of(s, target))
+    return 0
+
+
+@native
+def jump_far(s: int, target: int, retired: int) -> int:
+    """Go on at a virtual address."""
+    if target & -4096 == load_i64(s + S_PAGE_PC) and retired < load_i64(s + S_LIMIT):
+        return going_on(load_i64(s + S_PAGE) + ((target & 4095) << 2))
+    store_i64(s + S_NEXT_PC, target)
+    return 0
+
+
+@native
+def serialise(s: int, pc: int) -> int:
+    """Go on at ``pc`` after a look at limits and translations."""
+    store_i64(s + S_NEXT_PC, pc)
+    return 0
+
+
+@native
+def floating_off(s: int) -> int:
+    """Whether floating-point instructions are illegal now: FS is off (privileged architecture 3.1.6.6)."""
+    if load_i64(s + S_FS):
+        return 0
+    return illegal(s)
+
+
+@native
+def floating_dirty(s: int) -> int:
+    """The same for an instruction that changes f registers or flags: FS becomes dirty."""
+    if load_i64(s + S_FS):
+        store_i64(s + S_FS, 3)
+        return 0
+    return illegal(s)
+
+
+@native
+def rounding_mode(s: int, word: int) -> int:
+    """The rounding mode in force, or -1 with the exception noted (volume I, 21.2: 5 and 6 are reserved)."""
+    mode = word >> 32 & 7
+    if mode == 7:
+        mode = load_i64(s + S_FRM)
+    if mode > 4:
+        illegal(s)
+        return -1
+    return mode
+
+
+@native
+def access_csr_of(
+    s: int, word: int, record: int, number: int, operation: int, operand: int, writes: int, retired: int
+) -> int:
+    """A Zicsr instruction: like every row's code, returns the next record or 0."""
+    value = access_csr(s, number, operation, operand, writes, retired)
+    if load_i64(s + S_FAULT):
+        return 0
+    set_rd(s, word, value, record)
+    if load_i64(s + S_SERIALISE):
+        store_i64(s + S_SERIALISE, 0)
+        return serialise(s, pc_of(s, record) + 4)
+    return going_on(record + 16)
+
+
+def _reservations(
+    load: Any, compare_exchange: Any, width: int
+) -> tuple[Callable[..., int], Callable[..., int]]:
+    """LR notes address and value, SC stores if the value is still there. A store of the same value in between goes
+    unseen, which no sequence that keeps to the manual's rules (volume I, 14.3) can tell. Both return 1 for an exception."""
+
+    @native
+    def load_reserved(s: int, word: int) -> int:
+        host = reserve_address(s, rs1(s, word), width)
+        if host == 0:
+            return 1
+        value = load(host)
+        store_i64(s + S_RESERVATION, host)
+        store_i64(s + S_RESERVED_VALUE, value)
+        set_rd(s, word, value, 1)
+        return 0
+
+    @native
+    def store_conditional(s: int, word: int) -> int:
+        host = atomic_address(s, rs1(s, word), width)
+        if host == 0:
+            return 1
+        failed = 1
+        if load_i64(s + S_RESERVATION) == host:
+            failed = 1 - compare_exchange(host, load_i64(s + S_RESERVED_VALUE), rs2(s, word))
+        store_i64(s + S_RESERVATION, 0)
+        set_rd(s, word, failed, 1)
+        return 0
+
+    return load_reserved, store_conditional
+
+
+load_reserved_i32, store_conditional_i32 = _reservations(load_i32, compare_exchange_i32, 4)
+load_reserved_i64, store_conditional_i64 = _reservations(load_i64, compare_exchange_i64, 8)
+
+
+def _loader(load: Any, width: int, spare: int) -> tuple[Callable[..., int], Callable[..., int]]:
+    """Loads of one width into x and f registers; ``spare`` bits above a signed value are copies of its sign."""
+    tag_bits = -4096 | width - 1
+
+    @native
+    def into_x(s: int, word: int, address: int, following: int) -> int:
+        entry = load_i64(s + S_TLB) + (address >> 12 & TLB_MASK) * DATA_ENTRY
+        if load_i64(entry) == address & tag_bits:
+            return set_rd(s, word, load(address + load_i64(entry + 16)), following)
+        value = load_missed(s, address, width) << spare >> spare
+        if load_i64(s + S_FAULT):
+            return 0
+        return set_rd(s, word, value, following)
+
+    @native
+    def into_f(s: int, word: int, address: int, following: int) -> int:
+        entry = load_i64(s + S_TLB) + (address >> 12 & TLB_MASK) * DATA_ENTRY
+        if load_i64(entry) == address & tag_bits:
+            value = load(address + load_i64(entry + 16))
+        else:
+            value = load_missed(s, address, width)
+            if load_i64(s + S_FAULT):
+                return 0
+        if width == 4:
+            value = box(value)
+        return set_fd(s, word, value, following)
+
+    return into_x, into_f
+
+
+def _storer(store: Any, width: int) -> Callable[..., int]:
+    tag_bits = -4096 | width - 1
+
+    @native
+    def access(s: int, address: int, value: int, following: int) -> int:
+        entry = load_i64(s + S_TLB) + (address >> 12 & TLB_MASK) * DATA_ENTRY
+        if load_i64(entry + 8) == address & tag_bits:
+            store(address + load_i64(entry + 16), value)
+            return going_on(following)
+        store_missed(s, address, width, value)
+        if load_i64(s + S_FAULT):
+            return 0
+        return going_on(following)
+
+    return access
+
+
+load_x_i8, _ = _loader(load_i8, 1, 56)
+load_x_u8, _ = _loader(load_u8, 1, 0)
+load_x_i16, _ = _loader(load_i16, 2, 48)
+load_x_u16, _ = _loader(load_u16, 2, 0)
+load_x_i32, _ = _loader(load_i32, 4, 32)
+load_x_u32, load_f_u32 = _loader(load_u32, 4, 0)
+load_x_i64, load_f_i64 = _loader(load_i64, 8, 0)
+store_to_i8 = _storer(store_i8, 1)
+store_to_i16 = _storer(store_i16, 2)
+store_to_i32 = _storer(store_i32, 4)
+store_to_i64 = _storer(store_i64, 8)
+
+#: Functions that belong into each row's code; whatever is behind them is called.
+INLINED = (
+    [pc_of, jump_near, jump_far, serialise, floating_off, floating_dirty, rounding_mode]
+    + [load_x_i8, load_x_u8, load_x_i16, load_x_u16, load_x_i32, load_x_u32, load_x_i64, load_f_u32, load_f_i64]
+    + [store_to_i8, store_to_i16, store_to_i32, store_to_i64]
+)
