@@ -10,7 +10,7 @@ import subprocess
 import tarfile
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -24,7 +24,8 @@ INDEX = "main/binary-riscv64/Packages"
 
 def build_deb(control: str, files: dict[str, bytes], compression: str = "xz", data_name: str | None = None) -> bytes:
     """A binary package, written by hand after deb(5)."""
-    pack = {"xz": lzma.compress, "": bytes, "gz": gzip.compress}[compression]
+    packers: dict[str, Callable[[bytes], bytes]] = {"xz": lzma.compress, "": bytes, "gz": gzip.compress}
+    pack = packers[compression]
     suffix = f".{compression}" if compression else ""
     members = {
         "debian-binary": b"2.0\n",
