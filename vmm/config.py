@@ -21,7 +21,7 @@ MIB = 1 << 20
 MAX_VCPUS = 32
 MAX_MEMORY_MIB = 1 << 20
 MAX_CMDLINE_BYTES = 1023
-"""Linux on riscv64 has COMMAND_LINE_SIZE = 1024 bytes for a command line, the last of them zero, and cuts off the rest."""
+"""Linux on riscv64 has COMMAND_LINE_SIZE = 1024 bytes for a command line with its final zero; it cuts off the rest."""
 
 DEFAULT_CMDLINE = "console=ttyS0 panic=-1"
 CLOCKS = ("real", "deterministic")

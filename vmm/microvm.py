@@ -13,8 +13,8 @@ VM's own carries them out, one after the other. The methods put the message and 
 A micro-VM does not reboot: a guest that asks for it has ended, and :attr:`MicroVm.end` says so. The VM's memory and
 harts can be looked at until :meth:`MicroVm.close`, which leaves no thread, file or mapping.
 
-Time while paused: with the real clock the guest's time goes on, as KVM's does for a RISC-V guest, so a kernel that was
-paused for long may report a stall when it is resumed; with the deterministic clock it stands still.
+Guest time stands still while the VM is paused, with either clock, so that no timer of the guest is late afterwards and
+no watchdog of its kernel barks; its wall clock is behind by as much until it is set anew.
 """
 
 from __future__ import annotations
@@ -127,6 +127,7 @@ class Machine:
                 Vcpu(hart, self.board.bus, sbi, self.states, trace, changed=changed, ended=ended)
                 for hart in self.engine.harts
             )
+            self._held_at = 0
             entry = Entry(self.boot_entry.pc, self.boot_entry.fdt_address)
             self.engine.harts[0].reset(entry.address, 0, entry.opaque)
             self._built = built.pop_all()
@@ -159,6 +160,15 @@ class Machine:
             bus_faults=tuple(fault for vcpu in self.vcpus for fault in vcpu.bus_faults),
             trace=trace,
         )
+
+    def hold_time(self) -> None:
+        """Every vCPU is paused: guest time stands still from now on."""
+        self._held_at = self.engine.nanoseconds()
+
+    def release_time(self) -> None:
+        """Guest time goes on where it was held."""
+        if not self.engine.deterministic:
+            self.engine.skip(self._held_at - self.engine.nanoseconds())
 
     def close(self) -> None:
         """Stop the vCPUs' threads and give everything back."""
@@ -520,8 +530,10 @@ class MicroVm:
         if self._cause is not None:
             await self._finish()
             raise StateError(f"{action.name} came too late, since {self._cause[1].detail}")
+        self.machine.hold_time()
 
     def _run_on(self) -> None:
+        self.machine.release_time()
         self._state = VmState.RUNNING
         for vcpu in self.machine.vcpus:
             vcpu.resume()

@@ -26,7 +26,7 @@ from vmm.bus import Bus
 from vmm.engine.base import Exit, ExitReason
 from vmm.errors import BusError
 from vmm.metrics import VcpuMetrics
-from vmm.sbi import SSIP, HartState, HartStates, Sbi, call_name
+from vmm.sbi import HartState, HartStates, Sbi, SbiError, call_name
 from vmm.trace import Trace
 
 if TYPE_CHECKING:
@@ -214,11 +214,7 @@ class Vcpu:
         if state is HartState.STARTED:
             return True
         entry = self._states.take_up(self.hart.id)
-        if entry is None:
-            self.hart.complete_sbi(0, 0)
-        else:
-            if state is HartState.START_PENDING:
-                self.hart.set_interrupt(SSIP, False)
+        if entry is not None:
             self.hart.reset(entry.address, self.hart.id, entry.opaque)
         return True
 
@@ -228,13 +224,16 @@ class Vcpu:
         A request wakes the thread but not the hart: it sleeps on afterwards, so that being paused changes nothing in
         the guest.
         """
-        csr = self.hart.csr
+        hart = self.hart
         while not self._attention:
-            if csr["sip"] & csr["sie"]:
+            if hart.interrupt_waiting:
                 return True
             began = time.monotonic_ns()
-            self.hart.wait()
+            hart.wait()
             self._slept_ns += time.monotonic_ns() - began
+            if not self._attention and not hart.interrupt_waiting:
+                # An old request woke it, which stands until the hart has run; not one instruction is wanted.
+                hart.run(0)
         return False
 
     def _guest(self) -> None:
@@ -271,6 +270,9 @@ class Vcpu:
                     self.hart.complete_sbi(answer.error, answer.value)
                 else:
                     self._attention = True
+                    if self._states[self.hart.id] is HartState.SUSPENDED:
+                        # What a retentive suspend answers when it is over; a non-retentive one is reset by then.
+                        self.hart.complete_sbi(SbiError.SUCCESS, 0)
                     if self._states.all_stopped:
                         self.end(MachineEnd(EndKind.CRASH, detail="every hart has stopped itself, none is left to run"))
             case ExitReason.HALTED:
@@ -279,6 +281,11 @@ class Vcpu:
                 pass
             case ExitReason.SHUTDOWN:
                 self.end(MachineEnd(EndKind.SHUTDOWN, detail="the guest shut down"))
+            case ExitReason.STUCK:
+                detail = (
+                    f"hart {self.hart.id} finds no code at its trap vector {self.hart.pc:#x} and would trap for ever"
+                )
+                self.end(MachineEnd(EndKind.CRASH, detail=detail))
             case ExitReason.INTERNAL_ERROR:
                 detail = f"the engine of hart {self.hart.id} reached an impossible state at pc {self.hart.pc:#x}"
                 self.end(MachineEnd(EndKind.CRASH, detail=detail))
