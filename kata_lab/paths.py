@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import os
 import stat
-import tempfile
 from pathlib import Path
 
 from kata_lab.errors import KataLabError
@@ -53,6 +52,8 @@ def state_directory() -> Path:
     runtime = _absolute("XDG_RUNTIME_DIR")
     if runtime is not None and runtime.is_dir():
         return _private(runtime / "kata-lab")
+    import tempfile
+
     return _private(Path(tempfile.gettempdir()) / f"kata-lab-{os.getuid()}")
 
 

@@ -230,12 +230,18 @@ class Archive:
             "Architectures": self.architecture,
             "Signed-By": str(self.keyring),
         }
+        texts = {
+            "apt.conf": "\n".join(lines),
+            "debian.sources": "".join(f"{name}: {value}\n" for name, value in sources.items()),
+            "status": "",
+        }
         with scratch(directory) as new:
-            (new / "apt.conf").write_text("\n".join(lines))
-            (new / "debian.sources").write_text("".join(f"{name}: {value}\n" for name, value in sources.items()))
-            (new / "status").touch()
-            for file in new.iterdir():
-                file.replace(directory / file.name)
+            for name, text in texts.items():
+                place = directory / name
+                # A new time on any of these files would make APT read the whole index again.
+                if not place.exists() or place.read_text() != text:
+                    (new / name).write_text(text)
+                    (new / name).replace(place)
 
     def _show(self, name: str) -> dict[str, str]:
         with exclusive(self._directory) as lock:

@@ -10,8 +10,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,6 +33,8 @@ def exclusive(directory: Path) -> Iterator[int]:
         raise ImageError(f"the cache directory {directory} cannot be written to ({error.strerror})") from error
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
+        import shutil  # not at the top: a built guest is found without it
+
         shutil.rmtree(directory / PARTIAL, ignore_errors=True)
         yield descriptor
     finally:
@@ -44,6 +44,9 @@ def exclusive(directory: Path) -> Iterator[int]:
 @contextmanager
 def scratch(directory: Path) -> Iterator[Path]:
     """A directory for half-written files beneath `directory`, on the same file system; removed at the end."""
+    import shutil
+    import tempfile
+
     partial = directory / PARTIAL
     partial.mkdir(exist_ok=True)
     place = Path(tempfile.mkdtemp(dir=partial))
