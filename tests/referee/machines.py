@@ -16,8 +16,6 @@ import os
 import subprocess
 from collections.abc import Sequence
 
-from vmm.engine.rv64.hart import Rv64Engine
-
 from tests.referee import assembly as asm
 from tests.referee.assembly import A0, A1, A7, T0, T1, T6, ZERO, Assembler
 from tests.referee.case import Case, Outcome
@@ -32,6 +30,7 @@ from tests.referee.image import (
     build_image,
 )
 from vmm.engine.base import ExitReason
+from vmm.engine.rv64.hart import Rv64Engine
 from vmm.memory import GuestMemory
 
 QEMU = "qemu-system-riscv64"
@@ -149,7 +148,7 @@ def run_on_engine(cases: Sequence[Case]) -> list[Outcome]:
         RefereeError: the hart came back for any other reason than an environment call.
     """
     image = build_image(cases)
-    with GuestMemory(MEMORY_BASE, MEMORY_SIZE) as memory, Rv64Engine(memory) as engine:
+    with GuestMemory(MEMORY_BASE, MEMORY_SIZE) as memory, Rv64Engine(memory, clock="deterministic") as engine:
         memory.write(COMMONS, COMMONS_CONTENT)
         memory.write(ENTRY, image.content)
         hart = engine.harts[0]

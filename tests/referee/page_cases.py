@@ -215,6 +215,7 @@ def changed_entry_case(random: Random, number: int) -> Case:
     x[12] = random.choice((V, R, W, R | W, X, U, A, D, A | D, R | W | X))
     x[T1] = random.getrandbits(64)
     first = asm.ld(18, 8, 0) if random.random() < 0.5 else asm.sd(T1, 8, 0)
+    change: tuple[int, ...]
     if random.random() < 0.5:
         change = (asm.ld(T0, 10, 0), asm.ld(T2, 11, 0), asm.sd(T0, 11, 0), asm.sd(T2, 10, 0))
     else:
