@@ -98,3 +98,15 @@ def test_result_and_flags_are_the_exact_value_rounded(form: Format, stem: str, d
         pattern, flags = rounded(exact, form, mode)
         assert operation.call(operands, mode, 0) == (pattern, flags)
         assert operation.call(operands, mode, NX) == (pattern, flags | NX)
+
+
+def test_product_just_above_half_a_unit_of_the_addend_is_no_tie() -> None:
+    # (2^57 + 1) has two factors that are binary64 numbers; only its last bit tells the sum from a tie, which goes down.
+    factors = Fraction(898_107_057), Fraction(160_465_489)
+    assert factors[0] * factors[1] == 2**57 + 1
+    addend = Fraction(2**110)
+
+    operands = tuple(BINARY64.encoded(value) for value in (*factors, addend))
+    result = OPERATIONS["f64_fma"].call(operands, 0, 0)
+
+    assert result == (BINARY64.encoded(addend) + 1, NX)

@@ -11,6 +11,7 @@ DZ 8, NV 16) are accrued.
 The host computes to nearest even, but does not tell which exceptions it met. So its result is taken where it can raise
 no flag that is not already up: where it is exact, or where the inexact flag stands and the result is an ordinary number
 away from overflow and underflow. A running program is nearly always there. Everything else is ``floating_exact``'s.
+The host thread must be in its default floating-point state: nearest even, subnormal numbers not flushed to zero.
 
 Left out, since they only move bits: sign injection, moves between register files, loads, stores and NaN boxing.
 """
@@ -122,6 +123,8 @@ def f64_mul(a: int, b: int, rounding: int, flags: int) -> int:
     """fmul.d"""
     pattern: int = as_bits64(as_f64(a) * as_f64(b))
     if ordinary64(pattern) and ((rounding == NEAREST_EVEN and load_i64(flags) & INEXACT) or ((a | b) & LOW_27) == 0):
+        return pattern
+    if (pattern & MAGNITUDE) == 0 and ((a & MAGNITUDE) == 0 or (b & MAGNITUDE) == 0):
         return pattern
     # A zero of the product's sign adds nothing, and keeps a zero product's sign in every rounding mode.
     return fused(a, b, (a ^ b) & SIGN, rounding, flags, 1)
