@@ -110,7 +110,8 @@ def load_boot_source(
         head = kernel_file.read(_HEAD_SIZE)
         loader = _load_elf if head.startswith(b"\x7fELF") else _load_image
         pc, start, end = loader(memory, _Source(os.fspath(kernel), kernel_file, kernel_size, head))
-    place = _next_page(end)
+    # Linux reserves its image up to the next 2 MiB (setup_bootmem): what lay there would be lost.
+    place = -(-end // _KERNEL_RESERVE) * _KERNEL_RESERVE
     initrd_range = None
     if initrd is not None:
         with _open(initrd, "initial RAM disk") as (initrd_file, size):

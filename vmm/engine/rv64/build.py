@@ -15,6 +15,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from vmm.errors import EngineError
+
 #: Entry points: module and function. Their arguments and results are int64.
 ENTRY_POINTS = {
     "run": "loop",
@@ -31,6 +33,9 @@ ENTRY_POINTS = {
     "post": "requests",
     "overwrite_range": "requests",
 }
+
+#: What compiled code may call in the host process.
+HOST_FUNCTIONS = ("clock_gettime", "fma", "fmaf", "memset", "memcpy")
 
 MAGIC = b"RV64OBJ1"
 
@@ -74,9 +79,13 @@ def _link(functions: dict[str, Any], groups: list[Any]) -> tuple[Any, dict[str, 
 
     symbols = {name: symbol(function) for name, function in functions.items()}
     linked = llvm.parse_assembly(executor.dispatch_module([symbol(group) for group in groups]))
-    for compiled in compiled_functions.values():
+    for text in dict.fromkeys(text for compiled in compiled_functions.values() for text in compiled.texts):
         # numba marks signed arithmetic as never overflowing; a hart's wraps.
-        linked.link_in(llvm.parse_assembly(compiled.text.replace(" nsw ", " ")))
+        module = llvm.parse_assembly(text.replace(" nsw ", " "))
+        for function in module.functions:
+            if not function.is_declaration:
+                function.linkage = "weak_odr"
+        linked.link_in(module)
     inlined = {symbol(function) for function in [*operands.INLINED, *groups]}
     called = {symbol(function) for function in [*system.CALLED, *mmu.CALLED, *decoder.CALLED]}
     for function in linked.functions:
@@ -103,6 +112,9 @@ def _emit(module: Any) -> bytes:
     builder = llvm.create_pass_builder(machine, options)
     passes = builder.getModulePassManager()
     passes.run(module, builder)
+    for function in module.functions:
+        if function.is_declaration and not function.name.startswith(("llvm.", *HOST_FUNCTIONS)):
+            raise EngineError(f"the compiled hart calls {function.name!r}, which nothing defines")
     if os.environ.get("KATA_LAB_KEEP_ASSEMBLY"):
         Path(os.environ["KATA_LAB_KEEP_ASSEMBLY"]).write_text(machine.emit_assembly(module))
     return bytes(machine.emit_object(module))

@@ -31,6 +31,7 @@ TLB_ENTRIES = 256
 DATA_ENTRY = 32  #: bytes: load tag, store tag, addend, unused
 FETCH_ENTRY = 16  #: bytes: tag, address of the shadow page
 NO_TAG = -1
+NO_RESERVATION = 1  #: no LR reserves an odd address
 
 #: Data TLBs, by what a data access may reach.
 MODE_U, MODE_S, MODE_S_SUM = 0, 1, 2
@@ -100,7 +101,7 @@ class Hart:
     STVAL = _field()
     STIMECMP = _field()
     SATP = _field()
-    RESERVATION = _field()  #: host address that LR reserved, or 0
+    RESERVATION = _field()  #: virtual address that LR reserved, or NO_RESERVATION
     RESERVED_VALUE = _field()
     # A fault or exit on its way out of an instruction
     FAULT = _field()  #: 1: CAUSE and TVAL hold an exception
@@ -119,6 +120,7 @@ class Hart:
     # Where the executor is
     PAGE = _field()  #: shadow page in execution
     PAGE_PC = _field()  #: virtual address of its first instruction
+    STRADDLES = _field()  #: 1: the scratch page holds the instruction at NEXT_PC, which straddles two pages
     NEXT_PC = _field()  #: where to go on after leaving a page
     # Translation
     TLB = _field()  #: address of the data TLB in force

@@ -17,6 +17,7 @@ from vmm.engine.rv64.system import look_around, refuse_access, take_fault
 S_PC, S_RETIRED, S_LIMIT, S_INSIDE, S_PENDING = Hart.PC, Hart.RETIRED, Hart.LIMIT, Hart.INSIDE, Hart.PENDING
 S_EXIT, S_EXIT_KIND, S_FAULT, S_STEPPING = Hart.EXIT, Hart.EXIT_KIND, Hart.FAULT, Hart.STEPPING
 S_PAGE, S_PAGE_PC, S_NEXT_PC, S_SCRATCH = Hart.PAGE, Hart.PAGE_PC, Hart.NEXT_PC, Hart.SCRATCH
+S_STRADDLES = Hart.STRADDLES
 S_FETCH_TLB = Hart.FETCH_TLB
 TLB_MASK = TLB_ENTRIES - 1
 
@@ -24,6 +25,9 @@ TLB_MASK = TLB_ENTRIES - 1
 @native
 def page_of(s: int, pc: int) -> int:
     """Make the page of ``pc`` the one in execution: its shadow page, or 0 with the exception noted."""
+    if load_i64(s + S_STRADDLES):
+        store_i64(s + S_STRADDLES, 0)
+        return s + S_SCRATCH
     entry = load_i64(s + S_FETCH_TLB) + (pc >> 12 & TLB_MASK) * FETCH_ENTRY
     if load_i64(entry) == pc & -4096:
         page = load_i64(entry + 8)
@@ -52,6 +56,7 @@ def not_decoded(s: int, record: int) -> int:
         return take_fault(s, pc)
     if decoded == -1:
         store_i64(s + S_PAGE, s + S_SCRATCH)
+        store_i64(s + S_STRADDLES, 1)
     return pc
 
 
@@ -76,7 +81,6 @@ def run(s: int) -> int:
     if load_i64(s + S_PENDING) == PENDING_FAULT:
         pc = refuse_access(s, pc)
     store_i64(s + S_EXIT, 0)
-    store_i64(s + S_PAGE, 0)
     # An access that the VMM has answered is finished before any interrupt.
     fresh = load_i64(s + S_PENDING) != PENDING_DONE
     while True:
@@ -85,15 +89,12 @@ def run(s: int) -> int:
             if load_i64(s + S_EXIT):
                 break
         fresh = True
-        page = load_i64(s + S_PAGE)
-        straddling = page == s + S_SCRATCH and load_i64(s + S_STEPPING) == 0 and pc & 4095 == 4094
-        if not straddling:
-            page = page_of(s, pc)
-            if page == 0:
-                pc = take_fault(s, pc)
-                if load_i64(s + S_EXIT):
-                    break
-                continue
+        page = page_of(s, pc)
+        if page == 0:
+            pc = take_fault(s, pc)
+            if load_i64(s + S_EXIT):
+                break
+            continue
         record = page + ((pc & 4095) << 2)
         while True:
             word = load_i64(record)
@@ -110,6 +111,7 @@ def run(s: int) -> int:
         elif word & 255 == 0:
             retired -= 1
             pc = not_decoded(s, record)
+            fresh = load_i64(s + S_STRADDLES) == 0
             if load_i64(s + S_EXIT):
                 break
         else:

@@ -28,10 +28,10 @@ python_face = True
 
 @dataclass(frozen=True)
 class Compiled:
-    """A function that the build compiled: its symbol, and LLVM text that defines it."""
+    """A function that the build compiled: its symbol, and LLVM texts that define it and what of numba's it calls."""
 
     symbol: str
-    text: str
+    texts: tuple[str, ...]
 
 
 #: What ``native`` has compiled for the build, by what it returned.
@@ -72,7 +72,8 @@ def _for_build(function: Callable[..., int], count: int) -> Callable[..., int]:
 
     name = f"call_{function.__name__}"
     called = define(name, emit_call, types.int64, (types.int64,) * count, function.__doc__ or "")
-    compiled_functions[called] = Compiled(symbol, str(result.library.get_llvm_str()))
+    libraries = [result.library, *result.library._linking_libraries]
+    compiled_functions[called] = Compiled(symbol, tuple(str(library.get_llvm_str()) for library in libraries))
     return called  # type: ignore[no-any-return]
 
 

@@ -13,7 +13,7 @@ from llvmlite import ir
 from numba import types
 
 from vmm.engine.rv64.arithmetic import box
-from vmm.engine.rv64.layout import DATA_ENTRY, SHADOW_SPAN, TLB_ENTRIES, Hart
+from vmm.engine.rv64.layout import DATA_ENTRY, NO_RESERVATION, SHADOW_SPAN, TLB_ENTRIES, Hart
 from vmm.engine.rv64.mmu import atomic_address, load_missed, reserve_address, store_missed
 from vmm.engine.rv64.native import (
     I1,
@@ -181,20 +181,20 @@ def _reservations(
         if host == 0:
             return 1
         value = load(host)
-        store_i64(s + S_RESERVATION, host)
+        store_i64(s + S_RESERVATION, rs1(s, word))
         store_i64(s + S_RESERVED_VALUE, value)
         set_rd(s, word, value, 1)
         return 0
 
     @native
     def store_conditional(s: int, word: int) -> int:
-        host = atomic_address(s, rs1(s, word), width)
-        if host == 0:
-            return 1
         failed = 1
-        if load_i64(s + S_RESERVATION) == host:
+        if load_i64(s + S_RESERVATION) == rs1(s, word):
+            host = atomic_address(s, rs1(s, word), width)
+            if host == 0:
+                return 1
             failed = 1 - compare_exchange(host, load_i64(s + S_RESERVED_VALUE), rs2(s, word))
-        store_i64(s + S_RESERVATION, 0)
+        store_i64(s + S_RESERVATION, NO_RESERVATION)
         set_rd(s, word, failed, 1)
         return 0
 

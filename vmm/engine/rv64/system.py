@@ -9,6 +9,7 @@ from __future__ import annotations
 from vmm.engine.base import ExitReason
 from vmm.engine.rv64.layout import (
     CLOCK_DETERMINISTIC,
+    NO_RESERVATION,
     PENDING_NONE,
     POLL_INSTRUCTIONS,
     REQUEST_FLUSH,
@@ -134,7 +135,7 @@ def trap(s: int, pc: int, cause: int, tval: int) -> int:
     store_i64(s + S_SCAUSE, cause)
     store_i64(s + S_STVAL, tval)
     store_i64(s + S_PRIVILEGE, 1)
-    store_i64(s + S_RESERVATION, 0)
+    store_i64(s + S_RESERVATION, NO_RESERVATION)
     store_i64(s + S_PENDING, PENDING_NONE)
     store_i64(s + S_TRAPS, load_i64(s + S_TRAPS) + 1)
     select_tlbs(s)
@@ -154,7 +155,7 @@ def return_from_trap(s: int) -> int:
     if status & SSTATUS_SPIE:
         kept |= SSTATUS_SIE
     store_i64(s + S_STATUS, kept)
-    store_i64(s + S_RESERVATION, 0)
+    store_i64(s + S_RESERVATION, NO_RESERVATION)
     select_tlbs(s)
     if deliverable(s):
         store_i64(s + S_LIMIT, 0)
