@@ -28,6 +28,7 @@ from vmm.memory import PAGE_SIZE, GuestMemory
 
 KERNEL_ALIGNMENT: Final = 2 * 1024 * 1024
 _MIB: Final = 1024 * 1024
+_KERNEL_RESERVE: Final = 2 << 20
 _FDT_ALLOWANCE: Final = 64 * 1024
 _HEAD_SIZE: Final = 1024
 
