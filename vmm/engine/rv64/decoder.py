@@ -197,6 +197,16 @@ def decode_word(word: int) -> int:
 
 
 @native
+def put_in_scratch(s: int, offset: int, word: int) -> int:
+    """Make a record the only one in this hart's scratch page."""
+    used = load_i64(s + S_SCRATCH_USED)
+    if used:
+        store_i64(used, 0)
+    store_i64(s + S_SCRATCH + offset, word)
+    return store_i64(s + S_SCRATCH_USED, s + S_SCRATCH + offset)
+
+
+@native
 def decode(s: int, record: int, page: int, pc: int) -> int:
     """Fill in the record at ``record`` of shadow page ``page``; ``pc`` is its instruction's address.
 
@@ -212,9 +222,7 @@ def decode(s: int, record: int, page: int, pc: int) -> int:
         word = fetch_word(s, pc)
         if word == -1:
             return 0
-        scratch = s + S_SCRATCH + (record - page)
-        store_i64(scratch, decode_word(word))
-        store_i64(s + S_SCRATCH_USED, scratch)
+        put_in_scratch(s, record - page, decode_word(word))
         return -1
     if low & 3 == 3:
         low |= load_u16(host + 2) << 16
@@ -227,9 +235,6 @@ def decode(s: int, record: int, page: int, pc: int) -> int:
 @native
 def prepare_step(s: int, record: int, page: int, pc: int) -> int:
     """Put the record of one instruction into the otherwise empty scratch page. 0 with the exception noted, else 1."""
-    used = load_i64(s + S_SCRATCH_USED)
-    if used:
-        store_i64(used, 0)
     word = load_i64(record)
     if word == 0:
         word = decode(s, record, page, pc)
@@ -237,9 +242,7 @@ def prepare_step(s: int, record: int, page: int, pc: int) -> int:
             return 0
         if word == -1:
             return 1
-    scratch = s + S_SCRATCH + (record - page)
-    store_i64(scratch, word)
-    store_i64(s + S_SCRATCH_USED, scratch)
+    put_in_scratch(s, record - page, word)
     return 1
 
 

@@ -379,6 +379,7 @@ class Rv64Engine:
         self.memory = memory
         self.tick = NANOSECONDS // timebase_hz
         self.deterministic = clock == "deterministic"
+        self._fence_lock = threading.Lock()
         self._bind(library.load())
         self._mappings: list[Zeroed] = []
         try:
@@ -463,8 +464,7 @@ class Rv64Engine:
             if number == caller:
                 self.call_flush_tlb(hart._address)
                 continue
-            # Field of its own: only one caller at a time counts it up.
-            with hart_lock:
+            with self._fence_lock:
                 asked = hart._get(At.FLUSHES_ASKED) + 1
                 hart._set(At.FLUSHES_ASKED, asked)
             self.call_post(hart._address, At.REQUESTS, REQUEST_FLUSH, 0)
@@ -490,6 +490,3 @@ class Rv64Engine:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-hart_lock = threading.Lock()

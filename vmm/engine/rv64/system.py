@@ -27,7 +27,7 @@ from vmm.engine.rv64.layout import (
     Hart,
     Machine,
 )
-from vmm.engine.rv64.mmu import fetch_word, flush_address, flush_tlb, hear_of_code, raise_exception, select_tlbs
+from vmm.engine.rv64.mmu import fence_instructions, fetch_word, flush_address, flush_tlb, hear_of_code, raise_exception, select_tlbs
 from vmm.engine.rv64.native import (
     acquire_i64,
     atomic_and_i64,
@@ -428,6 +428,7 @@ def look_around(s: int, pc: int, retired: int) -> int:
     if requests & REQUEST_FLUSH:
         asked = acquire_i64(s + S_FLUSHES_ASKED)
         flush_tlb(s)
+        fence_instructions(s)
         publish_i64(s + S_FLUSHES_DONE, asked)
     hear_of_code(s)
     update_timer(s, retired)
