@@ -65,6 +65,10 @@ CASE_FIELDS = (
 CASE_STRIDE = 8 * len(CASE_FIELDS)
 
 
+class RefereeError(Exception):
+    """A referee that could not do its work."""
+
+
 @dataclass(frozen=True, slots=True)
 class Frame:
     """A page of guest memory of a case's own; ``content`` is padded with zeros to 4096 bytes."""

@@ -13,13 +13,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
-from vmm.engine.rv64.hart import Hart, Rv64Engine
-
 from tests.referee import assembly as asm
 from tests.referee.assembly import A0, A7, T0, T1, ZERO, Assembler
+from tests.referee.case import RefereeError
 from tests.referee.image import SRST
-from tests.referee.machines import RefereeError
 from vmm.engine.base import ExitReason
+from vmm.engine.rv64.hart import Hart, Rv64Engine
 from vmm.memory import GuestMemory
 
 MEMORY_BASE = 0x8000_0000

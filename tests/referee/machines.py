@@ -5,7 +5,9 @@ delegates every trap but the supervisor's environment call, and answers that cal
 SRST ends the run, everything else is "not supported". Guest RAM is a shared memory file, so the results are simply
 read from it.
 
-The CPU is QEMU's `rv64` reduced to what our hart implements: RV64GC, Zicsr, Zifencei, Zicntr, Sstc.
+The CPU is QEMU's `rv64` reduced to what our hart implements: RV64GC, Zicsr, Zifencei, Zicntr, Sstc. A second one is
+parked: with a single CPU, QEMU would translate an atomic operation as a load and a store, and report its faults as a
+load's.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from collections.abc import Sequence
 
 from tests.referee import assembly as asm
 from tests.referee.assembly import A0, A1, A7, T0, T1, T6, ZERO, Assembler
-from tests.referee.case import Case, Outcome
+from tests.referee.case import Case, Outcome, RefereeError
 from tests.referee.image import (
     COMMONS,
     COMMONS_CONTENT,
@@ -35,10 +37,12 @@ from vmm.memory import GuestMemory
 
 QEMU = "qemu-system-riscv64"
 _CPU = "rv64,h=off,zba=off,zbb=off,zbc=off,zbs=off,Zfh=off,v=off,svinval=off,svnapot=off,svpbmt=off,sstc=on"
-_RUN_SECONDS = 120
+_RUN_SECONDS = 30
+_RUN_INSTRUCTIONS = 300_000_000
 
 _MSTATUS, _MEDELEG, _MIDELEG, _MTVEC, _MCOUNTEREN, _MENVCFG = 0x300, 0x302, 0x303, 0x305, 0x306, 0x30A
 _MSCRATCH, _MEPC, _MCAUSE, _PMPCFG0, _PMPADDR0 = 0x340, 0x341, 0x342, 0x3A0, 0x3B0
+_MHARTID = 0xF14
 _DELEGATED_EXCEPTIONS = 0xB1FF
 _DELEGATED_INTERRUPTS = 0x222
 _ECALL_FROM_S = 9
@@ -46,13 +50,15 @@ _TEST_DEVICE = 0x10_0000
 _TEST_PASS, _TEST_FAIL = 0x5555, 0x3333
 
 
-class RefereeError(Exception):
-    """A referee that could not do its work."""
-
-
 def _prelude() -> bytes:
     """Machine mode: from reset into the image's S-mode entry, and the environment calls it makes later."""
     code = Assembler(MEMORY_BASE)
+    code.emit(asm.csrrs(T0, _MHARTID, ZERO))
+    code.beq(T0, ZERO, "first")
+    code.label("parked")
+    code.emit(asm.WFI)
+    code.jump("parked")
+    code.label("first")
     for csr, value in (
         (_PMPADDR0, (1 << 54) - 1),
         (_PMPCFG0, 0x1F),
@@ -111,7 +117,19 @@ def run_on_qemu(cases: Sequence[Case]) -> list[Outcome]:
             memory[address - MEMORY_BASE : address - MEMORY_BASE + len(content)] = content
         _execute(
             [
-                *(QEMU, "-M", "virt,memory-backend=ram", "-m", f"{MEMORY_SIZE >> 20}M", "-cpu", _CPU, "-bios", "none"),
+                *(
+                    QEMU,
+                    "-M",
+                    "virt,memory-backend=ram",
+                    "-smp",
+                    "2",
+                    "-m",
+                    f"{MEMORY_SIZE >> 20}M",
+                    "-cpu",
+                    _CPU,
+                    "-bios",
+                    "none",
+                ),
                 *("-object", f"memory-backend-file,id=ram,size={MEMORY_SIZE},mem-path=/proc/self/fd/{file},share=on"),
                 *("-nodefaults", "-display", "none", "-serial", "none", "-monitor", "none"),
             ],
@@ -154,9 +172,9 @@ def run_on_engine(cases: Sequence[Case]) -> list[Outcome]:
         hart = engine.harts[0]
         hart.reset(ENTRY, 0, 0)
         while True:
-            left = hart.run(1 << 40)
+            left = hart.run(_RUN_INSTRUCTIONS)
             if left.reason is not ExitReason.SBI_CALL:
-                raise RefereeError(f"our hart came back with {left} at {hart.pc:#x}; it must only call SBI")
+                raise RefereeError(f"our hart came back with {left} at {hart.pc:#x}; it must only call SBI, and soon")
             if left.args[7] == SRST:
                 return image.outcomes(memory.read)
             hart.complete_sbi(*SBI_ANSWER)

@@ -25,6 +25,7 @@ from tests.referee.case import (
     FS_OFF,
     MXR,
     PAGE,
+    SIE,
     SPIE,
     SPP,
     SUM,
@@ -70,6 +71,7 @@ _GUARDED = frozenset(
     )
 )
 _COUNTERS = frozenset(CSR[name] for name in ("cycle", "time", "instret"))
+_VS = 3 << 9
 _ROUNDING = (0, 1, 2, 3, 4)
 
 
@@ -315,9 +317,12 @@ class _Composer:
             load = _constant(value, random.getrandbits(20) << 2 | (name == "stvec" and random.getrandbits(1)))
             exchange = word_bytes(asm.csrrw(old, csr, value), asm.csrrw(other, csr, old), asm.addi(old, asm.ZERO, 0))
             return load + exchange
+        wide = random.random() < 0.5
         content = {
-            "sstatus": random.getrandbits(32) & ~2
-            if random.random() < 0.5
+            # VS is left alone: QEMU 7.2 lets it be written without vectors. SIE is left to units that expect
+            # interrupts.
+            "sstatus": random.getrandbits(32) & ~_VS & ~SIE
+            if wide
             else random.choice((SUM, MXR, SPP, SPIE, SUM | MXR)),
             "sie": random.getrandbits(12),
             "sip": random.getrandbits(12),

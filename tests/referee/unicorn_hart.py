@@ -12,8 +12,7 @@ import importlib
 from collections.abc import Sequence
 from typing import Any
 
-from tests.referee.case import CODE_S, CODE_U, CSR, DATA_S, DATA_U, FS_MASK, FS_OFF, PAGE, Case, Outcome
-from tests.referee.machines import RefereeError
+from tests.referee.case import CODE_S, CODE_U, CSR, DATA_S, DATA_U, FS_MASK, FS_OFF, PAGE, Case, Outcome, RefereeError
 from tests.referee.verdict import Difference, describe
 from vmm.engine.rv64.instructions import decode
 

@@ -8,15 +8,15 @@ from __future__ import annotations
 import pytest
 
 from tests.referee import assembly as asm
-from tests.referee.case import CSR, DATA_S, FS_DIRTY, Case, Entry, Frame, Space
+from tests.referee.case import CSR, DATA_S, FS_DIRTY, SUM, Case, Entry, Frame, Space
 from tests.referee.machines import run_on_engine, run_on_qemu
-from tests.referee.paging import A, V, X, leaf
+from tests.referee.paging import A, R, U, V, X, leaf
 from tests.referee.sequences import word_bytes
 
 CODE_PAGE, FAR_PAGE = 0x40_0000, 0x10_0000_0000
 NOWHERE = 0xFF_FFFF_F000
 FETCH_ACCESS_FAULT, LOAD_ACCESS_FAULT, STORE_ACCESS_FAULT = 1, 5, 7
-STORE_MISALIGNED = 6
+STORE_MISALIGNED, FETCH_PAGE_FAULT, BREAKPOINT = 6, 12, 3
 PAGE_FAULTS = {FETCH_ACCESS_FAULT: 12, LOAD_ACCESS_FAULT: 13, STORE_ACCESS_FAULT: 15}
 
 
@@ -44,6 +44,30 @@ def test_a_page_table_outside_memory_is_an_access_fault(access: int, cause: int)
 
     assert (ours.fields["scause"], ours.fields["stval"]) == (cause, FAR_PAGE)
     assert qemu.fields["scause"] == PAGE_FAULTS[cause]
+
+
+def test_supervisor_mode_never_executes_a_user_page_not_even_after_loading_from_it() -> None:
+    # Volume II, 4.3.1: irrespective of SUM, the supervisor may not execute code on pages with U=1.
+    entries = (Entry(CODE_PAGE, V | X | A, 0), Entry(FAR_PAGE, V | R | X | U | A, 1))
+    frames = (Frame(word_bytes(asm.ld(5, 8, 0), asm.jalr(1, 8))), Frame(word_bytes(asm.EBREAK)))
+    case = Case((), x=registers(x8=FAR_PAGE), sstatus=SUM, space=Space(3, frames, entries, CODE_PAGE))
+
+    (ours,), (qemu,) = run_on_engine([case]), run_on_qemu([case])
+
+    assert (ours.fields["scause"], ours.fields["stval"]) == (FETCH_PAGE_FAULT, FAR_PAGE)
+    assert qemu.fields["scause"] == BREAKPOINT
+
+
+def test_vector_state_cannot_be_turned_on_without_vectors() -> None:
+    # Volume II, 3.1.6.6: without the V extension VS is read-only zero.
+    vs = 3 << 9
+    block = (asm.csrrs(0, CSR["sstatus"], 5), asm.csrrs(6, CSR["sstatus"], 0))
+    case = Case((word_bytes(*block),), x=registers(x5=vs))
+
+    (ours,), (qemu,) = run_on_engine([case]), run_on_qemu([case])
+
+    assert ours.fields["x6"] & vs == 0
+    assert qemu.fields["x6"] & vs == vs
 
 
 def test_bit_0_of_sepc_is_always_zero() -> None:
