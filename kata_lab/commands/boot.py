@@ -1,0 +1,183 @@
+"""``kata-lab boot``: boot a machine and connect its console to this process.
+
+Exit status, like ssh's that of what ran at the other end: the status which the guest's init tells on its last line
+("kata-lab: exit status N"), 0 for a guest that ends without telling one; and
+
+======  ==============================================================
+121     the guest shut down and gave a system failure as its reason
+122     the machine could not go on: an engine or device fault
+123     the guest's kernel panicked
+124     the time given with ``--timeout`` passed
+======  ==============================================================
+
+With 121 to 124 the report of the machine is on standard error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from kata_lab.commands import UsageError
+from kata_lab.errors import ImageError
+from kata_lab.image.boot import APPEND, EXIT_STATUS, USERLAND_MARKER, append_running, build_boot_guest
+from kata_lab.terminal import RawTerminal, WindowSize
+from vmm.actions import EndKind, MachineEnd
+from vmm.config import ConsoleConfig, VmConfig
+from vmm.microvm import MicroVm
+
+USERLAND = "userland"
+MILESTONES = {USERLAND: re.escape(USERLAND_MARKER)}
+
+FLOW_CONTROL = "115200n8r"
+"""Option of the kernel's serial console (Documentation/admin-guide/serial-console.rst): RTS tells when to stop typing."""
+
+STATUS_OF_END = {EndKind.FAILURE: 121, EndKind.CRASH: 122, EndKind.PANIC: 123}
+TIMED_OUT = 124
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BootOptions:
+    """What the command line says; ``command`` is what the guest shall run, ``memory_mib`` is in MiB, ``timeout`` in s."""
+
+    vcpus: int = 1
+    memory_mib: int = 256
+    kernel: str | None = None
+    initrd: str | None = None
+    append: str = ""
+    cmdline: str | None = None
+    clock: str = "real"
+    trace: bool = False
+    timeout: float | None = None
+    command: str | None = None
+    mirror: str | None = None
+
+
+def configure(options: BootOptions) -> VmConfig:
+    """The VM's configuration; builds the default guest unless a kernel is named.
+
+    Raises:
+        UsageError: a command line that the kernel would not take.
+        ConfigError: a value that certainly cannot work.
+        ImageError: the default guest cannot be built.
+    """
+    # Before anything is fetched: what cannot work is said at once.
+    config = VmConfig(
+        vcpus=options.vcpus,
+        memory_mib=options.memory_mib,
+        kernel=_file("kernel", options.kernel),
+        initrd=_file("initrd", options.initrd),
+        cmdline=_command_line(options),
+        clock=options.clock,
+        console=ConsoleConfig(milestones=MILESTONES),
+        trace=options.trace,
+    )
+    if options.kernel is not None:
+        return config
+    guest = build_boot_guest(mirror=options.mirror)
+    return config.replace(kernel=guest.kernel, initrd=config.initrd or guest.initrd)
+
+
+def _file(what: str, name: str | None) -> Path | None:
+    if name is None:
+        return None
+    if not name:
+        raise UsageError(f"--{what} names no file: give the path of one, or leave --{what} out")
+    return Path(name)
+
+
+def _command_line(options: BootOptions) -> str:
+    line = options.cmdline
+    if line is None:
+        line = APPEND.replace("console=ttyS0 ", f"console=ttyS0,{FLOW_CONTROL} ")
+    if options.append:
+        line = f"{line} {options.append}".strip()
+    if options.command is None:
+        return line
+    if not options.command.strip():
+        raise UsageError("--run was given an empty command: give one, or leave --run out for a shell")
+    try:
+        return append_running(options.command, line)
+    except ImageError as error:
+        raise UsageError(str(error)) from error
+
+
+def run(options: BootOptions) -> int:
+    """Boot, stay connected until the guest ends, and return the exit status."""
+    config = configure(options)
+    _compile()
+    from kata_lab.commands.console import ConsoleLoop, Streams, standard_input, standard_output
+
+    source = standard_input()
+    output = standard_output()
+    interactive = source is not None and os.isatty(source) and os.isatty(output)
+    streams = Streams(
+        input=source,
+        output=output,
+        interactive=interactive,
+        type_after=USERLAND_MARKER if options.kernel is None and options.initrd is None else None,
+        tell=lambda text: os.write(sys.stderr.fileno(), f"\r\nkata-lab: {text}\r\n".encode()) and None,
+    )
+    if interactive:
+        size = WindowSize.of(output)
+        window = f"; the window has {size.rows} rows and {size.columns} columns" if size else ""
+        print(f"kata-lab: Ctrl-] then q quits, Ctrl-] then ? tells the other keys{window}", file=sys.stderr)
+    with MicroVm(config) as vm:
+        with contextlib.ExitStack() as connected:
+            loop = connected.enter_context(ConsoleLoop(vm, streams))
+            if interactive and source is not None:
+                connected.enter_context(RawTerminal(source))
+            vm.start()
+            in_time = loop.run(options.timeout)
+        status = _finish(vm, options, in_time)
+    return status
+
+
+def _compile() -> None:
+    """Make the compiled hart ready, with a progress bar if it must be made."""
+    from kata_lab.progress import Progress
+    from vmm.engine.rv64.hart import Rv64Engine
+
+    with contextlib.ExitStack() as shown:
+        bars: list[Progress] = []
+
+        def show(fraction: float, what: str) -> None:
+            if not bars:
+                bars.append(shown.enter_context(Progress("Compiling the hart (once)", total=1.0)))
+            bars[0].advance_to(fraction, what)
+
+        Rv64Engine.prepare(show)
+
+
+def _finish(vm: MicroVm, options: BootOptions, in_time: bool) -> int:
+    """Say how it went, after the terminal has its mode back."""
+    if not in_time:
+        report = str(vm.report())
+        vm.shutdown()
+        print(f"kata-lab: the guest had not ended after {options.timeout:g} s\n{report}", file=sys.stderr)
+        status = TIMED_OUT
+    else:
+        end = vm.shutdown()
+        status = exit_status(end, vm.console.text)
+        if end.kind in STATUS_OF_END:
+            print(f"kata-lab: {end.detail}\n{vm.report()}", file=sys.stderr)
+        elif end.kind is EndKind.REBOOT:
+            print(f"kata-lab: {end.detail}, which ends a micro-VM", file=sys.stderr)
+    if options.trace:
+        from kata_lab.commands.timeline import exits_table, timeline
+
+        print(timeline(vm.trace.milestones), exits_table(vm.trace.exits), sep="\n\n", file=sys.stderr)
+    return status
+
+
+def exit_status(end: MachineEnd, console: str) -> int:
+    """What the process exits with after a guest ended so, with this on its console."""
+    if end.kind in STATUS_OF_END:
+        return STATUS_OF_END[end.kind]
+    told = EXIT_STATUS.findall(console.replace("\r", ""))
+    return int(told[-1]) & 0xFF if told and end.kind is not EndKind.HOST else 0
+
