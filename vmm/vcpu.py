@@ -231,9 +231,6 @@ class Vcpu:
             began = time.monotonic_ns()
             hart.wait()
             self._slept_ns += time.monotonic_ns() - began
-            if not self._attention and not hart.interrupt_waiting:
-                # An old request woke it, which stands until the hart has run; not one instruction is wanted.
-                hart.run(0)
         return False
 
     def _guest(self) -> None:

@@ -78,7 +78,7 @@ def _link(functions: dict[str, Any], groups: list[Any]) -> tuple[Any, dict[str, 
         return compiled_functions[function].symbol
 
     symbols = {name: symbol(function) for name, function in functions.items()}
-    linked = llvm.parse_assembly(executor.dispatch_module([symbol(group) for group in groups]))
+    linked = llvm.parse_assembly(executor.straight_module([symbol(group) for group in groups]))
     for text in dict.fromkeys(text for compiled in compiled_functions.values() for text in compiled.texts):
         # numba marks signed arithmetic as never overflowing; a hart's wraps.
         module = llvm.parse_assembly(text.replace(" nsw ", " "))
@@ -105,6 +105,9 @@ def _emit(module: Any) -> bytes:
 
     from vmm.engine.rv64.library import target_machine
 
+    # A copy of the dispatching jump at the end of every row: the branch predictor then knows what follows what.
+    for option in ("-tail-dup-pred-size=1000", "-tail-dup-succ-size=1000"):
+        llvm.set_option("hart", option)
     machine = target_machine()
     options = llvm.create_pipeline_tuning_options(speed_level=2)
     options.loop_vectorization = False

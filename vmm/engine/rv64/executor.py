@@ -1,7 +1,7 @@
 """The executor: code for every row of the instruction table, and the loop that runs it.
 
 From each row's meaning comes one statement of Python; ``source()`` shows them all. numba compiles the statements in
-groups, and LLVM joins the groups into one jump table inside the loop of ``loop.run``.
+groups, and LLVM joins the groups into one jump table, the inner loop of ``loop.run``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from vmm.engine.rv64.layout import Hart
 from vmm.engine.rv64.native import I64, define
 
 GROUP = 16  #: rows that numba compiles as one function: its analyses take more than linear time
-DISPATCH = "rv64_dispatch"  #: the jump table's symbol, made when everything is linked
+STRAIGHT = "rv64_straight"  #: symbol of the inner loop, made when everything is linked
 PARAMETERS = "operation, s, word, record, retired"
 
 CSR_OPERATIONS = {"csr_write": system.WRITE, "csr_set": system.SET, "csr_clear": system.CLEAR}
@@ -51,64 +51,61 @@ def _guards(row: Instruction) -> list[str]:
     lines = []
     if re.search(r"\bf[ds]\d?\b", row.semantics):
         changes = "fd =" in row.semantics or "flags" in row.semantics
-        lines += [f"if {'floating_dirty' if changes else 'floating_off'}(s):", "    return 0"]
+        lines += [f"if {'floating_dirty' if changes else 'floating_off'}(s):", "    return stop(s, record)"]
     if re.search(r"\brm\b", row.semantics):
-        lines += ["mode = rounding_mode(s, word)", "if mode < 0:", "    return 0"]
+        lines += ["mode = rounding_mode(s, word)", "if mode < 0:", "    return stop(s, record)"]
     return lines
 
 
+_STOP = "return stop(s, record)"
+_SERIALISE = "return serialise(s, record, {link})"
 _SYSTEM = {
-    "memory_fence": ["memory_fence()", "return going_on({next})"],
-    "fence_i": ["fence_instructions(s)", "return serialise(s, {link})"],
-    "ecall": ["environment_call(s)", "return 0"],
-    "ebreak": ["raise_exception(s, 3, 0)", "return 0"],
-    "sret": ["if load_i64(s + PRIVILEGE) == 0:", "    illegal(s)", "    return 0", "return serialise(s, return_from_trap(s))"],
-    "wfi": ["if wait_for_interrupt(s, retired - 1):", "    return 0", "return serialise(s, {link})"],
-    "sfence_vma": [
-        "if fence_translations(s, word >> 16 & 255, rs1(s, word)):",
-        "    return 0",
-        "return serialise(s, {link})",
+    "memory_fence": ["memory_fence()", "return {next}"],
+    "fence_i": ["fence_instructions(s)", _SERIALISE],
+    "ecall": ["environment_call(s)", _STOP],
+    "ebreak": ["raise_exception(s, 3, 0)", _STOP],
+    "sret": [
+        "if load_i64(s + PRIVILEGE) == 0:",
+        "    illegal(s)",
+        "    " + _STOP,
+        "return serialise(s, record, return_from_trap(s))",
     ],
+    "wfi": ["if wait_for_interrupt(s, retired - 1):", "    " + _STOP, _SERIALISE],
+    "sfence_vma": ["if fence_translations(s, word >> 16 & 255, rs1(s, word)):", "    " + _STOP, _SERIALISE],
 }
 
 
 def _statements(row: Instruction) -> list[str]:
-    """Python for one row: ends by returning the next record, or 0."""
+    """Python for one row: ends by returning the next record."""
     meaning = row.semantics
-    following, link = f"record + {row.length << 2}", f"pc_of(s, record) + {row.length}"
-    near = "jump_near(s, record + (word >> 32), retired)"  # the decoder scaled the distance to records
+    step = row.length << 2
+    following, link = f"record + {step}", f"pc_of(s, record) + {row.length}"
+    near = "jump_near(s, record, record + (word >> 32), retired)"  # the decoder scaled the distance to records
     lines = _guards(row)
     if found := _LOAD.match(meaning):
-        lines.append(f"return load_{found[1][0].replace('r', 'x')}_{found[2]}(s, word, {_fetch(found[3])}, {following})")
+        file = "x" if found[1] == "rd" else "f"
+        lines.append(f"return load_{file}_{found[2]}(s, word, {_fetch(found[3])}, record, {step})")
     elif found := _STORE.match(meaning):
-        lines.append(f"return store_to_{found[1]}(s, {_fetch(found[2])}, {_fetch(found[3])}, {following})")
+        lines.append(f"return store_to_{found[1]}(s, {_fetch(found[2])}, {_fetch(found[3])}, record, {step})")
     elif found := _BRANCH.match(meaning):
-        lines += [f"if {_fetch(found[1])}:", f"    return {near}", f"return going_on({following})"]
+        lines += [f"if {_fetch(found[1])}:", f"    return {near}", f"return {following}"]
     elif found := _JUMP.match(meaning):
-        target = near if found[2] == "pc + imm" else f"jump_far(s, target_{row.operation}, retired)"
         if found[2] != "pc + imm":
             lines.append(f"target_{row.operation} = {_fetch(found[2])}")
         if found[1]:
             lines.append(f"set_rd(s, word, {link}, {following})")
-        lines.append(f"return {target}")
+        far = f"jump_far(s, record, target_{row.operation}, retired)"
+        lines.append(f"return {near if found[2] == 'pc + imm' else far}")
     elif found := _ATOMIC.match(meaning):
         width = 4 if found[1].endswith("i32") else 8
-        lines += [
-            f"host = atomic_address(s, rs1(s, word), {width})",
-            "if host == 0:",
-            "    return 0",
-            f"return set_rd(s, word, {found[1]}(host, rs2(s, word)), {following})",
-        ]
+        lines += [f"host = atomic_address(s, rs1(s, word), {width})", "if host == 0:", "    " + _STOP]
+        lines.append(f"return set_rd(s, word, {found[1]}(host, rs2(s, word)), {following})")
     elif found := _RESERVED.match(meaning):
-        lines += [
-            f"if {found[1]}_{found[2]}(s, word):",
-            "    return 0",
-            f"return going_on({following})",
-        ]
+        lines += [f"if {found[1]}_{found[2]}(s, word):", "    " + _STOP, f"return {following}"]
     elif found := _CSR.match(meaning):
         writes = "1" if found[1] == "csr_write" else "word >> 16 & 255"
         arguments = f"word >> 32 & 4095, {CSR_OPERATIONS[found[1]]}, {_fetch(found[2])}, {writes}, retired - 1"
-        lines += [f"return access_csr_of(s, word, record, {arguments})"]
+        lines.append(f"return access_csr_of(s, word, record, {arguments})")
     elif found := _PLAIN.match(meaning):
         value = _fetch(found[2]).replace("pc +", "pc_of(s, record) +")
         lines.append(f"return set_{found[1]}(s, word, {value}, {following})")
@@ -124,7 +121,7 @@ def group_source(number: int) -> str:
     for row in INSTRUCTIONS[number * GROUP : (number + 1) * GROUP]:
         lines.append(f"    if operation == {row.operation}:  # {row.name}: {row.semantics}")
         lines += ["        " + line for line in _statements(row)]
-    lines += ["    illegal(s)", "    return 0"]
+    lines.append("    return record")
     return "\n".join(lines) + "\n"
 
 
@@ -138,45 +135,69 @@ def groups() -> int:
     return -(-len(INSTRUCTIONS) // GROUP)
 
 
-def _emit_dispatch(builder: ir.IRBuilder, *values: ir.Value) -> ir.Value:
-    kind = ir.FunctionType(I64, [I64] * 4)
-    function = builder.module.globals.get(DISPATCH) or ir.Function(builder.module, kind, DISPATCH)
+def _emit_straight(builder: ir.IRBuilder, *values: ir.Value) -> ir.Value:
+    kind = ir.FunctionType(I64, [I64] * 3)
+    function = builder.module.globals.get(STRAIGHT) or ir.Function(builder.module, kind, STRAIGHT)
     return builder.call(function, values)
 
 
-dispatch = define("dispatch", _emit_dispatch, types.int64, (types.int64,) * 4, "Execute one record: next record or 0.")
+straight = define(
+    "straight",
+    _emit_straight,
+    types.int64,
+    (types.int64,) * 3,
+    "Execute records from one on, with so many instructions retired: the record that no row stands for, the stop record"
+    " or an empty one. RETIRED then counts it, too.",
+)
 
 
-def dispatch_module(symbols: list[str]) -> str:
-    """LLVM text of the jump table: for each operation a call of its group, with the operation as a constant, which LLVM
-    inlines and cuts down to the one row. The groups have numba's calling convention (result and exception pointers)."""
+def straight_module(symbols: list[str]) -> str:
+    """LLVM text of the inner loop: load a record, count, jump by its operation.
+
+    Each of the jump table's targets calls its group with the operation as a constant, which LLVM inlines and cuts down to
+    the one row. The groups have numba's calling convention (result and exception pointers).
+    """
     kind = "i32 (ptr, ptr, i64, i64, i64, i64, i64)"
+    first = INSTRUCTIONS[0].operation
     cases, blocks = [], []
     for row in INSTRUCTIONS:
-        symbol = symbols[(row.operation - INSTRUCTIONS[0].operation) // GROUP]
-        cases.append(f"    i8 {row.operation}, label %row{row.operation}")
+        n, symbol = row.operation, symbols[(row.operation - first) // GROUP]
+        cases.append(f"    i8 {n}, label %row{n}")
         blocks += [
-            f"row{row.operation}:",
-            f"  %s{row.operation} = call {kind} @{symbol}(ptr %result, ptr null, i64 {row.operation},"
-            " i64 %s, i64 %word, i64 %record, i64 %retired)",
-            "  br label %end",
+            f"row{n}:",
+            f"  call {kind} @{symbol}(ptr %place{n}, ptr null, i64 {n}, i64 %s, i64 %word, i64 %record, i64 %retired)",
+            f"  %next{n} = load i64, ptr %place{n}",
+            "  br label %loop",
         ]
-    declared = [f"declare i32 @{symbol}(ptr, ptr, i64, i64, i64, i64, i64)" for symbol in symbols]
+    # Every value of the operation has a case, so that nothing has to be compared before the jump.
+    cases += [f"    i8 {n}, label %end" for n in range(256) if not 0 <= n - first < len(INSTRUCTIONS)]
+    predecessors = ", ".join(f"[%next{row.operation}, %row{row.operation}]" for row in INSTRUCTIONS)
+    counts = ", ".join(f"[%retired, %row{row.operation}]" for row in INSTRUCTIONS)
     return "\n".join(
         [
-            *declared,
-            f"define i64 @{DISPATCH}(i64 %s, i64 %word, i64 %record, i64 %retired) alwaysinline {{",
+            *(f"declare i32 @{symbol}(ptr, ptr, i64, i64, i64, i64, i64)" for symbol in symbols),
+            f"define i64 @{STRAIGHT}(i64 %s, i64 %start, i64 %count) {{",
             "entry:",
-            "  %result = alloca i64",
-            "  store i64 0, ptr %result",
+            *(f"  %place{row.operation} = alloca i64" for row in INSTRUCTIONS),
+            "  br label %loop",
+            "loop:",
+            f"  %record = phi i64 [%start, %entry], {predecessors}",
+            f"  %before = phi i64 [%count, %entry], {counts}",
+            "  %pointer = inttoptr i64 %record to ptr",
+            "  %word = load i64, ptr %pointer, align 8",
+            "  %retired = add i64 %before, 1",
             "  %operation = trunc i64 %word to i8",
-            "  switch i8 %operation, label %end [",
+            "  switch i8 %operation, label %never [",
             *cases,
             "  ]",
             *blocks,
+            "never:",
+            "  unreachable",
             "end:",
-            "  %following = load i64, ptr %result",
-            "  ret i64 %following",
+            f"  %field = add i64 %s, {Hart.RETIRED}",
+            "  %out = inttoptr i64 %field to ptr",
+            "  store i64 %retired, ptr %out, align 8",
+            "  ret i64 %record",
             "}",
         ]
     )

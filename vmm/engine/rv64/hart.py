@@ -21,6 +21,7 @@ from types import TracebackType
 
 from vmm.engine.base import Exit, ExitReason
 from vmm.engine.rv64 import library
+from vmm.engine.rv64.instructions import STOP_OPERATION
 from vmm.engine.rv64.layout import (
     ACCESS_LOAD,
     CLOCK_DETERMINISTIC,
@@ -135,6 +136,7 @@ class Hart:
             self._state[offset // 8] = NO_TAG
         self._set(At.ID, number)
         self._set(At.MACHINE, engine.machine_address)
+        self._set(At.STOP, STOP_OPERATION)
         self.reset(0)
 
     def _get(self, offset: int) -> int:
@@ -258,7 +260,7 @@ class Hart:
 
     def bus_fault(self) -> None:
         """No device answers the access that led to the last exit: the guest gets a load or store access fault."""
-        self._set(At.EXIT_KIND, ExitReason.MMIO_WRITE if self._get(At.EXIT_KIND) == ExitReason.MMIO_WRITE else ExitReason.MMIO_READ)
+        self._set(At.EXIT_VALUE, 7 if self._get(At.EXIT_KIND) == ExitReason.MMIO_WRITE else 5)
         self._set(At.PENDING, PENDING_FAULT)
 
     def complete_sbi(self, error: int, value: int) -> None:
@@ -295,7 +297,10 @@ class Hart:
         end = None if timeout is None else time.monotonic() + timeout
         while True:
             self._wake.clear()
-            if self._get(At.REQUESTS) & REQUEST_RETURN or self.interrupt_waiting:
+            if self._get(At.REQUESTS) & REQUEST_RETURN:
+                self._engine.call_post(self._address, At.REQUESTS, 0, REQUEST_RETURN)
+                return True
+            if self.interrupt_waiting:
                 return True
             pause = self._until_timer()
             if pause is not None and self._engine.deterministic:

@@ -339,7 +339,7 @@ def _reserved(text: str) -> tuple[tuple[str, int], ...]:
 
 
 #: Operation numbers that decoded records use beside those of the rows.
-UNDECODED, ILLEGAL, FIRST_OPERATION = 0, 1, 2
+UNDECODED, ILLEGAL, FIRST_OPERATION, STOP_OPERATION = 0, 1, 2, 255
 
 INSTRUCTIONS: tuple[Instruction, ...] = tuple(
     Instruction(FIRST_OPERATION + index, name, encoding, assembly, semantics, _reserved(reserved))

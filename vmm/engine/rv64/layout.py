@@ -122,6 +122,8 @@ class Hart:
     PAGE_PC = _field()  #: virtual address of its first instruction
     STRADDLES = _field()  #: 1: the scratch page holds the instruction at NEXT_PC, which straddles two pages
     NEXT_PC = _field()  #: where to go on after leaving a page
+    RECORD = _field()  #: record that left the straight line
+    STOP = _field()  #: a record that ends the straight line: operation STOP_OPERATION
     # Translation
     TLB = _field()  #: address of the data TLB in force
     FETCH_TLB = _field()

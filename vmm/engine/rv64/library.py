@@ -53,7 +53,7 @@ def target_machine() -> Any:
     llvm.initialize_native_asmprinter()
     name, features = _cpu()
     target = llvm.Target.from_default_triple()
-    return target.create_target_machine(cpu=name, features=features, opt=3, reloc="default", codemodel="jitdefault")
+    return target.create_target_machine(cpu=name, features=features, opt=3, reloc="pic", codemodel="small")
 
 
 def _fingerprint() -> str:

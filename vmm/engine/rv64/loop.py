@@ -1,23 +1,24 @@
 """The hart's loop: find the page, run down its records, see to whatever ended the run.
 
-The inner loop keeps three values in host registers: the address of the hart's state, the address of the record, and the
-number of instructions retired. Everything else is done between two runs.
+The inner loop, made in ``executor``, keeps three values in host registers: the address of the hart's state, the address
+of the record, and the number of instructions retired. Everything else is done between two of its runs.
 """
 
 from __future__ import annotations
 
 from vmm.engine.rv64.decoder import decode, prepare_step
-from vmm.engine.rv64.executor import dispatch
+from vmm.engine.rv64.executor import straight
+from vmm.engine.rv64.instructions import ILLEGAL
 from vmm.engine.rv64.layout import FETCH_ENTRY, PENDING_DONE, PENDING_FAULT, SHADOW_SPAN, TLB_ENTRIES, Hart
 from vmm.engine.rv64.mmu import fetch_missed, hear_of_code
 from vmm.engine.rv64.native import acquire_i64, load_i64, native, publish_i64, store_i64
 from vmm.engine.rv64.operands import pc_of
-from vmm.engine.rv64.system import look_around, refuse_access, take_fault
+from vmm.engine.rv64.system import illegal, look_around, refuse_access, take_fault
 
 S_PC, S_RETIRED, S_LIMIT, S_INSIDE, S_PENDING = Hart.PC, Hart.RETIRED, Hart.LIMIT, Hart.INSIDE, Hart.PENDING
 S_EXIT, S_EXIT_KIND, S_FAULT, S_STEPPING = Hart.EXIT, Hart.EXIT_KIND, Hart.FAULT, Hart.STEPPING
 S_PAGE, S_PAGE_PC, S_NEXT_PC, S_SCRATCH = Hart.PAGE, Hart.PAGE_PC, Hart.NEXT_PC, Hart.SCRATCH
-S_STRADDLES = Hart.STRADDLES
+S_STRADDLES, S_RECORD, S_STOP = Hart.STRADDLES, Hart.RECORD, Hart.STOP
 S_FETCH_TLB = Hart.FETCH_TLB
 TLB_MASK = TLB_ENTRIES - 1
 
@@ -45,10 +46,14 @@ def page_of(s: int, pc: int) -> int:
 
 
 @native
-def not_decoded(s: int, record: int) -> int:
-    """The record is empty: the end of the page, or an instruction met for the first time. Returns the pc to go on at."""
+def not_executable(s: int, record: int) -> int:
+    """No row stands for this record: the end of the page, an instruction met for the first time, or an illegal one.
+    Returns the pc to go on at."""
     page = load_i64(s + S_PAGE)
     pc = pc_of(s, record)
+    if load_i64(record) & 255 == ILLEGAL:
+        illegal(s)
+        return take_fault(s, pc)
     if record - page >= SHADOW_SPAN or page == s + S_SCRATCH:
         return pc
     decoded = decode(s, record, page, pc)
@@ -95,23 +100,16 @@ def run(s: int) -> int:
             if load_i64(s + S_EXIT):
                 break
             continue
-        record = page + ((pc & 4095) << 2)
-        while True:
-            word = load_i64(record)
-            retired += 1
-            following = dispatch(s, word, record, retired)
-            if following == 0:
-                break
-            record = following
-        if load_i64(s + S_FAULT):
-            retired -= 1
-            pc = take_fault(s, pc_of(s, record))
+        record = straight(s, page + ((pc & 4095) << 2), retired)
+        retired = load_i64(s + S_RETIRED) - 1  # the last record stands for no instruction
+        if record != s + S_STOP:
+            pc = not_executable(s, record)
+            fresh = load_i64(s + S_STRADDLES) == 0
             if load_i64(s + S_EXIT):
                 break
-        elif word & 255 == 0:
+        elif load_i64(s + S_FAULT):
             retired -= 1
-            pc = not_decoded(s, record)
-            fresh = load_i64(s + S_STRADDLES) == 0
+            pc = take_fault(s, pc_of(s, load_i64(s + S_RECORD)))
             if load_i64(s + S_EXIT):
                 break
         else:

@@ -1,7 +1,8 @@
 """Operands of a decoded record, and what ends an instruction: intrinsics and small functions that LLVM inlines.
 
-A row's code gets ``(s, word, record, retired)`` and returns the address of the next record, or 0 to leave the page's
-straight line: with FAULT set for an exception or exit, else to go on at NEXT_PC.
+A row's code gets ``(s, word, record, retired)`` and returns the address of the next record. To leave the page's straight
+line it notes its own record and returns the address of the hart's stop record, which ends the loop: with FAULT set for an
+exception or exit, else to go on at NEXT_PC.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from vmm.engine.rv64.arithmetic import box
 from vmm.engine.rv64.layout import DATA_ENTRY, NO_RESERVATION, SHADOW_SPAN, TLB_ENTRIES, Hart
 from vmm.engine.rv64.mmu import atomic_address, load_missed, reserve_address, store_missed
 from vmm.engine.rv64.native import (
-    I1,
     I8,
     I64,
     compare_exchange_i32,
@@ -39,7 +39,7 @@ from vmm.engine.rv64.native import (
 from vmm.engine.rv64.system import access_csr, illegal
 
 S_TLB, S_FAULT, S_FS, S_FRM, S_LIMIT = Hart.TLB, Hart.FAULT, Hart.FS, Hart.FRM, Hart.LIMIT
-S_PAGE, S_PAGE_PC, S_NEXT_PC = Hart.PAGE, Hart.PAGE_PC, Hart.NEXT_PC
+S_PAGE, S_PAGE_PC, S_NEXT_PC, S_RECORD, S_STOP = Hart.PAGE, Hart.PAGE_PC, Hart.NEXT_PC, Hart.RECORD, Hart.STOP
 S_SERIALISE, S_RESERVATION, S_RESERVED_VALUE = Hart.SERIALISE, Hart.RESERVATION, Hart.RESERVED_VALUE
 TLB_MASK = TLB_ENTRIES - 1
 
@@ -68,23 +68,10 @@ fs2 = _read("fs2", 24, Hart.F)
 fs3 = _read("fs3", 40, Hart.F)
 
 
-def _assume_nonzero(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
-    assume = builder.module.globals.get("llvm.assume") or ir.Function(
-        builder.module, ir.FunctionType(ir.VoidType(), [I1]), "llvm.assume"
-    )
-    builder.call(assume, [builder.icmp_unsigned("!=", value, ir.Constant(I64, 0))])
-    return value
-
-
-going_on = define(
-    "going_on", _assume_nonzero, types.int64, (types.int64,), "The next record; LLVM is told that it is not 0."
-)
-
-
 def _write(name: str, file: int) -> Any:
     def emit(builder: ir.IRBuilder, s: ir.Value, word: ir.Value, value: ir.Value, following: ir.Value) -> ir.Value:
         builder.store(value, _place(builder, s, word, 8, file), align=8)
-        return _assume_nonzero(builder, following)
+        return following
 
     words = "Set the destination register; returns the next record."
     return define(name, emit, types.int64, (types.int64,) * 4, words)
@@ -95,34 +82,41 @@ set_fd = _write("set_fd", Hart.F)
 
 
 @native
+def stop(s: int, record: int) -> int:
+    """Leave the straight line at ``record``."""
+    store_i64(s + S_RECORD, record)
+    return s + S_STOP
+
+
+@native
 def pc_of(s: int, record: int) -> int:
     """Virtual address of the instruction whose record this is."""
     return load_i64(s + S_PAGE_PC) + ((record - load_i64(s + S_PAGE)) >> 2)
 
 
 @native
-def jump_near(s: int, target: int, retired: int) -> int:
+def jump_near(s: int, record: int, target: int, retired: int) -> int:
     """Go on at a record; through NEXT_PC if it is in another page or something waits."""
     if less_unsigned(target - load_i64(s + S_PAGE), SHADOW_SPAN) and retired < load_i64(s + S_LIMIT):
-        return going_on(target)
+        return target
     store_i64(s + S_NEXT_PC, pc_of(s, target))
-    return 0
+    return stop(s, record)
 
 
 @native
-def jump_far(s: int, target: int, retired: int) -> int:
+def jump_far(s: int, record: int, target: int, retired: int) -> int:
     """Go on at a virtual address."""
     if target & -4096 == load_i64(s + S_PAGE_PC) and retired < load_i64(s + S_LIMIT):
-        return going_on(load_i64(s + S_PAGE) + ((target & 4095) << 2))
+        return load_i64(s + S_PAGE) + ((target & 4095) << 2)
     store_i64(s + S_NEXT_PC, target)
-    return 0
+    return stop(s, record)
 
 
 @native
-def serialise(s: int, pc: int) -> int:
+def serialise(s: int, record: int, pc: int) -> int:
     """Go on at ``pc`` after a look at limits and translations."""
     store_i64(s + S_NEXT_PC, pc)
-    return 0
+    return stop(s, record)
 
 
 @native
@@ -161,12 +155,12 @@ def access_csr_of(
     """A Zicsr instruction: like every row's code, returns the next record or 0."""
     value = access_csr(s, number, operation, operand, writes, retired)
     if load_i64(s + S_FAULT):
-        return 0
+        return stop(s, record)
     set_rd(s, word, value, record)
     if load_i64(s + S_SERIALISE):
         store_i64(s + S_SERIALISE, 0)
-        return serialise(s, pc_of(s, record) + 4)
-    return going_on(record + 16)
+        return serialise(s, record, pc_of(s, record) + 4)
+    return record + 16
 
 
 def _reservations(
@@ -210,27 +204,27 @@ def _loader(load: Any, width: int, spare: int) -> tuple[Callable[..., int], Call
     tag_bits = -4096 | width - 1
 
     @native
-    def into_x(s: int, word: int, address: int, following: int) -> int:
+    def into_x(s: int, word: int, address: int, record: int, step: int) -> int:
         entry = load_i64(s + S_TLB) + (address >> 12 & TLB_MASK) * DATA_ENTRY
         if load_i64(entry) == address & tag_bits:
-            return set_rd(s, word, load(address + load_i64(entry + 16)), following)
+            return set_rd(s, word, load(address + load_i64(entry + 16)), record + step)
         value = load_missed(s, address, width) << spare >> spare
         if load_i64(s + S_FAULT):
-            return 0
-        return set_rd(s, word, value, following)
+            return stop(s, record)
+        return set_rd(s, word, value, record + step)
 
     @native
-    def into_f(s: int, word: int, address: int, following: int) -> int:
+    def into_f(s: int, word: int, address: int, record: int, step: int) -> int:
         entry = load_i64(s + S_TLB) + (address >> 12 & TLB_MASK) * DATA_ENTRY
         if load_i64(entry) == address & tag_bits:
             value = load(address + load_i64(entry + 16))
         else:
             value = load_missed(s, address, width)
             if load_i64(s + S_FAULT):
-                return 0
+                return stop(s, record)
         if width == 4:
             value = box(value)
-        return set_fd(s, word, value, following)
+        return set_fd(s, word, value, record + step)
 
     return into_x, into_f
 
@@ -239,15 +233,15 @@ def _storer(store: Any, width: int) -> Callable[..., int]:
     tag_bits = -4096 | width - 1
 
     @native
-    def access(s: int, address: int, value: int, following: int) -> int:
+    def access(s: int, address: int, value: int, record: int, step: int) -> int:
         entry = load_i64(s + S_TLB) + (address >> 12 & TLB_MASK) * DATA_ENTRY
         if load_i64(entry + 8) == address & tag_bits:
             store(address + load_i64(entry + 16), value)
-            return going_on(following)
+            return record + step
         store_missed(s, address, width, value)
         if load_i64(s + S_FAULT):
-            return 0
-        return going_on(following)
+            return stop(s, record)
+        return record + step
 
     return access
 
@@ -266,7 +260,7 @@ store_to_i64 = _storer(store_i64, 8)
 
 #: Functions that belong into each row's code; whatever is behind them is called.
 INLINED = (
-    [pc_of, jump_near, jump_far, serialise, floating_off, floating_dirty, rounding_mode]
+    [stop, pc_of, jump_near, jump_far, serialise, floating_off, floating_dirty, rounding_mode]
     + [load_x_i8, load_x_u8, load_x_i16, load_x_u16, load_x_i32, load_x_u32, load_x_i64, load_f_u32, load_f_i64]
     + [store_to_i8, store_to_i16, store_to_i32, store_to_i64]
 )

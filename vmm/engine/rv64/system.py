@@ -68,7 +68,8 @@ S_FS, S_FFLAGS, S_FRM, S_SIP, S_SIE = Hart.FS, Hart.FFLAGS, Hart.FRM, Hart.SIP, 
 S_STVEC, S_SCOUNTEREN, S_SENVCFG, S_SSCRATCH = Hart.STVEC, Hart.SCOUNTEREN, Hart.SENVCFG, Hart.SSCRATCH
 S_SEPC, S_SCAUSE, S_STVAL, S_STIMECMP, S_SATP = Hart.SEPC, Hart.SCAUSE, Hart.STVAL, Hart.STIMECMP, Hart.SATP
 S_FAULT, S_CAUSE, S_TVAL, S_SERIALISE = Hart.FAULT, Hart.CAUSE, Hart.TVAL, Hart.SERIALISE
-S_EXIT, S_EXIT_KIND, S_PENDING, S_LIMIT = Hart.EXIT, Hart.EXIT_KIND, Hart.PENDING, Hart.LIMIT
+S_EXIT, S_EXIT_VALUE, S_PENDING, S_LIMIT = Hart.EXIT, Hart.EXIT_VALUE, Hart.PENDING, Hart.LIMIT
+S_RETIRED = Hart.RETIRED
 S_BUDGET_END, S_REQUESTS, S_LAST_TRAP = Hart.BUDGET_END, Hart.REQUESTS, Hart.LAST_TRAP
 S_FLUSHES_ASKED, S_FLUSHES_DONE = Hart.FLUSHES_ASKED, Hart.FLUSHES_DONE
 S_RESERVATION, S_CODE_SEEN, S_TRAPS = Hart.RESERVATION, Hart.CODE_SEEN, Hart.TRAPS
@@ -79,7 +80,7 @@ EXIT_SBI, EXIT_HALTED, EXIT_INTERRUPTED = (
     int(ExitReason.HALTED),
     int(ExitReason.INTERRUPTED),
 )
-EXIT_BUDGET, EXIT_STUCK, EXIT_WRITE = int(ExitReason.BUDGET), int(ExitReason.STUCK), int(ExitReason.MMIO_WRITE)
+EXIT_BUDGET, EXIT_STUCK = int(ExitReason.BUDGET), int(ExitReason.STUCK)
 
 INTERRUPT = -1 << 63
 STATUS_WRITABLE = SSTATUS_SIE | SSTATUS_SPIE | SSTATUS_SPP | SSTATUS_SUM | SSTATUS_MXR
@@ -388,10 +389,9 @@ def take_fault(s: int, pc: int) -> int:
 
 @native
 def refuse_access(s: int, pc: int) -> int:
-    """The VMM found no device for an access: the trap handler's address."""
+    """The VMM found no device for an access, EXIT_VALUE is the exception code: the trap handler's address."""
     store_i64(s + S_PENDING, PENDING_NONE)
-    cause = 7 if load_i64(s + S_EXIT_KIND) == EXIT_WRITE else 5
-    return trap(s, pc, cause, load_i64(s + S_TVAL))
+    return trap(s, pc, load_i64(s + S_EXIT_VALUE), load_i64(s + S_TVAL))
 
 
 @native
@@ -422,6 +422,7 @@ def update_limit(s: int, retired: int) -> int:
 @native
 def look_around(s: int, pc: int, retired: int) -> int:
     """What a hart does between instructions now and then: requests, code pages, timer, interrupts. Returns the next pc."""
+    store_i64(s + S_RETIRED, retired)
     requests = acquire_i64(s + S_REQUESTS)
     if requests:
         requests = atomic_swap_i64(s + S_REQUESTS, 0)
