@@ -87,11 +87,11 @@ def test_image_is_placed_at_its_text_offset(memory: GuestMemory, load: Load) -> 
     assert entry.initrd is None
 
 
-def test_initrd_and_fdt_follow_the_kernel_on_page_boundaries(memory: GuestMemory, load: Load) -> None:
+def test_initrd_and_fdt_follow_what_linux_reserves_for_itself(memory: GuestMemory, load: Load) -> None:
     entry = load(image(image_size=MIB + 1), b"initrd" * 1000)
 
-    assert entry.initrd == (RAM_BASE + 3 * MIB + 4096, RAM_BASE + 3 * MIB + 4096 + 6000)
-    assert entry.fdt_address == RAM_BASE + 3 * MIB + 3 * 4096
+    assert entry.initrd == (RAM_BASE + 4 * MIB, RAM_BASE + 4 * MIB + 6000)
+    assert entry.fdt_address == RAM_BASE + 4 * MIB + 2 * 4096
     assert entry.fdt_size == len(FDT)
     assert memory.read(entry.initrd[0], 6000) == b"initrd" * 1000
     assert memory.read(entry.fdt_address, len(FDT)) == FDT
@@ -249,7 +249,7 @@ def test_the_least_that_would_do_does(tmp_path: Path) -> None:
 
 
 def test_device_tree_that_does_not_fit_is_refused(load: Load) -> None:
-    with pytest.raises(BootError, match=r"device tree of 16777216 bytes does not fit .* at least 19 MiB"):
+    with pytest.raises(BootError, match=r"device tree of 16777216 bytes does not fit .* at least 20 MiB"):
         load(image(), fdt=bytes(16 * MIB))
 
 
