@@ -1,0 +1,73 @@
+"""What the notebooks use: views of a machine, and checks of the exercises.
+
+A view takes data of a machine and gives a :class:`~kata_lab.lab.picture.Picture` or a
+:class:`~kata_lab.lab.picture.Table`, which show themselves in a notebook, in a terminal and to a screen reader. Views
+read machines and never change them. The names below are imported when they are first used, matplotlib and ipywidgets
+when a picture is drawn.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kata_lab.lab.bare import Outcome, run_bare
+    from kata_lab.lab.bits import draw_instruction
+    from kata_lab.lab.boot_views import boot_timeline, exits_chart, milestone_table
+    from kata_lab.lab.console_view import ConsoleView, transcript
+    from kata_lab.lab.exercise import Feedback
+    from kata_lab.lab.machines import Machines
+    from kata_lab.lab.memory_view import address_table, draw_touched, touched_bytes
+    from kata_lab.lab.picture import Picture, Table
+    from kata_lab.lab.registers import register_table, step_table, take_steps
+    from kata_lab.lab.tree import draw_tree
+
+_HOMES = {
+    "bare": ("Outcome", "run_bare"),
+    "bits": ("draw_instruction",),
+    "boot_views": ("boot_timeline", "exits_chart", "milestone_table"),
+    "console_view": ("ConsoleView", "transcript"),
+    "exercise": ("Feedback",),
+    "machines": ("Machines",),
+    "memory_view": ("address_table", "draw_touched", "touched_bytes"),
+    "picture": ("Picture", "Table"),
+    "registers": ("register_table", "step_table", "take_steps"),
+    "tree": ("draw_tree",),
+}
+_HOME_OF = {name: f"kata_lab.lab.{home}" for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "ConsoleView",
+    "Feedback",
+    "Machines",
+    "Outcome",
+    "Picture",
+    "Table",
+    "address_table",
+    "boot_timeline",
+    "draw_instruction",
+    "draw_touched",
+    "draw_tree",
+    "exits_chart",
+    "milestone_table",
+    "register_table",
+    "run_bare",
+    "step_table",
+    "take_steps",
+    "touched_bytes",
+    "transcript",
+]
+
+
+def __getattr__(name: str) -> object:
+    home = _HOME_OF.get(name)
+    if home is None:
+        raise AttributeError(f"module 'kata_lab.lab' has no attribute {name!r}; it has {', '.join(sorted(_HOME_OF))}")
+    found: object = getattr(importlib.import_module(home), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME_OF})

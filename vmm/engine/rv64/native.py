@@ -14,7 +14,8 @@ from typing import Any
 
 from llvmlite import ir
 from numba import njit, types
-from numba.core import compiler
+from numba.core import compiler, typed_passes, untyped_passes
+from numba.core.compiler_machinery import PassManager
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
@@ -50,14 +51,35 @@ def native(function: Callable[..., int]) -> Callable[..., int]:
     return _for_build(function, count)
 
 
+class _PlainPipeline(compiler.CompilerBase):  # type: ignore[misc]
+    """Only the passes that code without arrays, closures and exceptions needs: half of numba's time."""
+
+    def define_pipelines(self) -> list[PassManager]:
+        passes = PassManager("plain")
+        for step in (
+            untyped_passes.TranslateByteCode,
+            untyped_passes.FixupArgs,
+            untyped_passes.IRProcessing,
+            untyped_passes.ReconstructSSA,
+            typed_passes.NopythonTypeInference,
+            typed_passes.PreLowerStripPhis,
+            typed_passes.IRLegalization,
+            typed_passes.NativeLowering,
+            typed_passes.NoPythonBackend,
+        ):
+            passes.add_pass(step, step.__name__)
+        passes.finalize()
+        return [passes]
+
+
 def _for_build(function: Callable[..., int], count: int) -> Callable[..., int]:
     """Compile to LLVM text only. Others call the function by its symbol, so that each one's text stays its own."""
     flags = compiler.Flags()
     flags.no_cpython_wrapper = flags.no_cfunc_wrapper = flags.no_compile = True
     flags.error_model = "numpy"
-    result = compiler.compile_extra(
-        cpu_target.typing_context, cpu_target.target_context, function, (types.int64,) * count, types.int64, flags, {}
-    )
+    contexts = cpu_target.typing_context, cpu_target.target_context
+    arguments = (types.int64,) * count
+    result = compiler.compile_extra(*contexts, function, arguments, types.int64, flags, {}, None, _PlainPipeline)
     symbol = str(result.fndesc.mangled_name)
 
     def emit_call(builder: ir.IRBuilder, *values: ir.Value) -> ir.Value:
