@@ -21,6 +21,7 @@ import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import FrameType, TracebackType
+from typing import Any
 
 ESCAPE = b"\x1d"
 HELP = (
@@ -70,7 +71,7 @@ class RawTerminal:
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
-        self._saved: list[object] = []
+        self._saved: list[Any] = []
 
     def __enter__(self) -> RawTerminal:
         import termios
@@ -138,7 +139,7 @@ class EndingSignals:
     """
 
     def __init__(self) -> None:
-        self._before: dict[int, object] = {}
+        self._before: dict[int, Any] = {}
         self._raised = False
 
     def __enter__(self) -> EndingSignals:
@@ -152,7 +153,7 @@ class EndingSignals:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+            signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if not self._raised:

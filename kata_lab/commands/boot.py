@@ -34,7 +34,7 @@ USERLAND = "userland"
 MILESTONES = {USERLAND: re.escape(USERLAND_MARKER)}
 
 FLOW_CONTROL = "115200n8r"
-"""Option of the kernel's serial console (Documentation/admin-guide/serial-console.rst): RTS tells when to stop typing."""
+"""Option of the kernel's serial console (Documentation/admin-guide/serial-console.rst): RTS tells when to type."""
 
 STATUS_OF_END = {EndKind.FAILURE: 121, EndKind.CRASH: 122, EndKind.PANIC: 123}
 TIMED_OUT = 124
@@ -42,7 +42,7 @@ TIMED_OUT = 124
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BootOptions:
-    """What the command line says; ``command`` is what the guest shall run, ``memory_mib`` is in MiB, ``timeout`` in s."""
+    """What the command line says; ``command`` is what the guest shall run, ``timeout`` is in seconds."""
 
     vcpus: int = 1
     memory_mib: int = 256
@@ -120,7 +120,7 @@ def run(options: BootOptions) -> int:
         output=output,
         interactive=interactive,
         type_after=USERLAND_MARKER if options.kernel is None and options.initrd is None else None,
-        tell=lambda text: os.write(sys.stderr.fileno(), f"\r\nkata-lab: {text}\r\n".encode()) and None,
+        tell=_tell_in_raw_mode,
     )
     if interactive:
         size = WindowSize.of(output)
@@ -133,8 +133,11 @@ def run(options: BootOptions) -> int:
                 connected.enter_context(RawTerminal(source))
             vm.start()
             in_time = loop.run(options.timeout)
-        status = _finish(vm, options, in_time)
-    return status
+        return _finish(vm, options, in_time)
+
+
+def _tell_in_raw_mode(text: str) -> None:
+    print(f"\r\nkata-lab: {text}\r", file=sys.stderr, flush=True)
 
 
 def _compile() -> None:
@@ -180,4 +183,3 @@ def exit_status(end: MachineEnd, console: str) -> int:
         return STATUS_OF_END[end.kind]
     told = EXIT_STATUS.findall(console.replace("\r", ""))
     return int(told[-1]) & 0xFF if told and end.kind is not EndKind.HOST else 0
-

@@ -2,8 +2,8 @@
 
 One loop on the main thread moves bytes between three places, each of which may be slow: standard input, the guest's
 serial port, standard output. What a guest prints is handed over by its vCPU's thread and waits in a buffer; when that
-is full the guest waits, as it would for a slow terminal. What is typed waits until the port has room, so that nothing is
-lost. Leaves out the meaning of the bytes: they pass as they are.
+is full the guest waits, as it would for a slow terminal. What is typed waits until the port has room, so that nothing
+is lost. Leaves out the meaning of the bytes: they pass as they are.
 """
 
 from __future__ import annotations

@@ -22,10 +22,9 @@ def timeline(milestones: Sequence[Milestone]) -> str:
     whole = max(each.seconds for each in milestones) or 1.0
     width = max(len(each.name) for each in milestones)
     lines = [f"{'timeline':{width}}  {'seconds':>8}  {'M instr.':>9}"]
-    lines += [
-        f"{each.name:{width}}  {each.seconds:8.3f}  {each.instructions / 1e6:9.1f}  {_bar(each.seconds / whole)}".rstrip()
-        for each in milestones
-    ]
+    for each in milestones:
+        figures = f"{each.seconds:8.3f}  {each.instructions / 1e6:9.1f}"
+        lines.append(f"{each.name:{width}}  {figures}  {_bar(each.seconds / whole)}".rstrip())
     return "\n".join(lines)
 
 

@@ -1,0 +1,1 @@
+"""Every number that the README quotes, measured side by side with a peer in one run."""

@@ -1,0 +1,91 @@
+"""``kata-lab bench``: measures and prints, for a person or as JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict
+from typing import Any
+
+from kata_lab.bench.boot import BootFigures, measure_boot
+from kata_lab.bench.compute import ComputeFigures, measure_compute
+
+_DIGITS = 4
+
+
+def run_boot(runs: int, as_json: bool, idle_seconds: float, cold: bool) -> int:
+    """``kata-lab bench boot``; the exit status."""
+    figures = measure_boot(runs, idle_seconds, cold)
+    print(_json(figures) if as_json else boot_table(figures))
+    return 0
+
+
+def run_compute(runs: int, as_json: bool, size: float) -> int:
+    """``kata-lab bench compute``; the exit status."""
+    figures = measure_compute(runs, size)
+    print(_json(figures) if as_json else compute_table(figures))
+    return 0
+
+
+def boot_table(figures: BootFigures) -> str:
+    """For a person."""
+    rows = [
+        ("", "ours", "qemu"),
+        ("exec to userland, s", f"{figures.ours_s:.2f}", f"{figures.qemu_s:.2f}"),
+        ("  spread of runs", f"{figures.ours_spread:.0%}", f"{figures.qemu_spread:.0%}"),
+        ("  ratio, ours / qemu", f"{figures.ratio:.2f}", ""),
+        ("exec to first instruction, s", f"{figures.first_instruction_s:.2f}", ""),
+        ("import vmm to first instruction, s", f"{figures.import_to_first_instruction_s:.2f}", ""),
+        ("boot, MIPS", f"{figures.mips:.0f}", ""),
+        ("boot, million instructions", f"{figures.instructions / 1e6:.0f}", ""),
+        ("memory (PSS) at userland, MiB", _mib(figures.pss_bytes), _mib(figures.qemu_pss_bytes)),
+        ("idle guest, % of a core", f"{figures.idle_percent:.1f}", f"{figures.qemu_idle_percent:.1f}"),
+    ]
+    if figures.cold_compile_s is not None:
+        rows.append(("one-time compilation, s", f"{figures.cold_compile_s:.1f}", ""))
+    return _table(rows, figures.runs, figures.versions)
+
+
+def compute_table(figures: ComputeFigures) -> str:
+    """For a person."""
+    memory, parallel = figures.load_store, figures.two_harts
+    rows = [
+        ("", "ours", "qemu"),
+        ("integer loop, MIPS", f"{figures.mips:.0f}", f"{figures.qemu_mips:.0f}"),
+        ("  spread of runs", f"{figures.ours_spread:.0%}", f"{figures.qemu_spread:.0%}"),
+        ("  seconds", f"{figures.ours_s:.2f}", f"{figures.qemu_s:.2f}"),
+        ("  ratio, ours / qemu", f"{figures.ratio:.2f}", ""),
+        ("load/store loop, MIPS", f"{memory.mips:.0f}", f"{memory.qemu_mips:.0f}"),
+        ("  ratio, ours / qemu", f"{memory.ratio:.2f}", ""),
+        ("two harts, times one", f"{parallel.speedup:.2f}", f"{parallel.qemu_speedup:.2f}"),
+        ("memory (PSS), MiB", _mib(figures.pss_bytes), ""),
+    ]
+    return _table(rows, figures.runs, figures.versions)
+
+
+def _mib(count: int) -> str:
+    return f"{count / (1 << 20):.0f}"
+
+
+def _table(rows: list[tuple[str, str, str]], runs: int, versions: dict[str, str]) -> str:
+    width = max(len(row[0]) for row in rows)
+    lines = [f"{name:{width}}  {ours:>8}  {qemu:>8}".rstrip() for name, ours, qemu in rows]
+    lines.append(f"medians of {runs} run{'s' if runs > 1 else ''} in turns; " + ", ".join(_told(versions)))
+    return "\n".join(lines)
+
+
+def _told(versions: dict[str, str]) -> list[str]:
+    return [f"{name} {version}" for name, version in versions.items()]
+
+
+def _json(figures: BootFigures | ComputeFigures) -> str:
+    return json.dumps(_rounded(asdict(figures)), indent=1)
+
+
+def _rounded(value: Any) -> Any:
+    """Floats to four significant digits: what follows is noise."""
+    if isinstance(value, dict):
+        return {key: _rounded(each) for key, each in value.items()}
+    if isinstance(value, float) and value and math.isfinite(value):
+        return round(value, _DIGITS - 1 - math.floor(math.log10(abs(value))))
+    return value
