@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from kata_lab.lab.machines import Machines
     from kata_lab.lab.memory_view import address_table, draw_touched, touched_bytes
     from kata_lab.lab.picture import Picture, Table
-    from kata_lab.lab.registers import register_table, step_table, take_steps
+    from kata_lab.lab.registers import code_table, register_table, step_table, take_steps
     from kata_lab.lab.tree import draw_tree
 
 _HOMES = {
@@ -32,7 +32,7 @@ _HOMES = {
     "machines": ("Machines",),
     "memory_view": ("address_table", "draw_touched", "touched_bytes"),
     "picture": ("Picture", "Table"),
-    "registers": ("register_table", "step_table", "take_steps"),
+    "registers": ("code_table", "register_table", "step_table", "take_steps"),
     "tree": ("draw_tree",),
 }
 _HOME_OF = {name: f"kata_lab.lab.{home}" for home, names in _HOMES.items() for name in names}
@@ -46,6 +46,7 @@ __all__ = [
     "Table",
     "address_table",
     "boot_timeline",
+    "code_table",
     "draw_instruction",
     "draw_touched",
     "draw_tree",
