@@ -1,4 +1,5 @@
-"""Integer arithmetic that needs care: division by zero and overflow have defined results (volume I, 13.2), NaN boxes."""
+"""Integer arithmetic that needs care: division by zero and overflow have defined results (volume I, 13.2), NaN
+boxes."""
 
 from __future__ import annotations
 

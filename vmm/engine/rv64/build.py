@@ -1,7 +1,8 @@
 """Compile the hart ahead of time: ``python -m vmm.engine.rv64.build FILE``.
 
 numba turns the hart's functions into LLVM modules; this program links them into one, hides all but the entry points,
-optimises the whole once and writes an object file. Later processes load that with llvmlite alone and never import numba.
+optimises the whole once and writes an object file. Later processes load that with llvmlite alone and never import
+numba.
 
 The program reports its progress as lines ``<fraction> <what>`` on standard output. The file is written beside its final
 name and moved there when complete.

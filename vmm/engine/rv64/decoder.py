@@ -1,27 +1,24 @@
 """The compiled decoder: from instruction words to the records that the executor runs on.
 
-The rows of the instruction table become one constant array. Words are first sorted by opcode and funct3; the few rows left
-are tried from the most specific on.
+The rows of the instruction table become one constant array. Words are first sorted by opcode and funct3; the few
+rows left are tried from the most specific on.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic
 
-from vmm.engine.rv64.instructions import ILLEGAL, INSTRUCTIONS, Instruction
+from vmm.engine.rv64.instructions import INSTRUCTIONS, Instruction
 from vmm.engine.rv64.layout import (
-    SHADOW_SPAN,
+    ILLEGAL,
     SHADOW_STRIDE,
     SINK,
     Hart,
     Machine,
 )
 from vmm.engine.rv64.mmu import fetch_word, note_code
-from vmm.engine.rv64.native import I64, load_i64, load_u16, native, publish_i64, shift_right_logical, store_i64
+from vmm.engine.rv64.native import I64, define, load_i64, load_u16, native, publish_i64, store_i64
 
 S_MACHINE, S_SCRATCH, S_SCRATCH_USED = Hart.MACHINE, Hart.SCRATCH, Hart.SCRATCH_USED
 M_RAM_HOST, M_SHADOW = Machine.RAM_HOST, Machine.SHADOW
@@ -63,7 +60,8 @@ def _moves(row: Instruction) -> list[int]:
 
 
 def _reserved(row: Instruction) -> list[int]:
-    """Operand values that are another instruction or none: immediate 1, rd 2, rs1 3, rs2 4, then the value; 0 for none."""
+    """Operand values that are another instruction or none: immediate 1, rd 2, rs1 3, rs2 4, then the value; 0 for
+    none."""
     kinds = {"imm": 1, "rd": 2, "rs1": 3, "rs2": 4}
     packed = [kinds[name] | value << 8 for name, value in row.reserved]
     return packed + [0] * (2 - len(packed))
@@ -95,7 +93,8 @@ def _bucket(word: int) -> int:
 
 def _tables() -> list[int]:
     """Bucket starts (BUCKETS + 1 of them), then rows, bucket by bucket."""
-    starts, rows = [], []
+    starts: list[int] = []
+    rows: list[list[int]] = []
     for bucket in range(BUCKETS):
         starts.append(len(rows))
         found = []
@@ -116,22 +115,21 @@ def _tables() -> list[int]:
     return starts + [word for row in rows for word in row]
 
 
-@intrinsic
-def decode_tables(typingctx: Any) -> Any:
-    """Host address of the decoder's tables, a constant of the compiled module."""
-
-    def code(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> ir.Value:
+def _emit_tables(builder: ir.IRBuilder) -> ir.Value:
+    table = builder.module.globals.get("rv64_decode_tables")
+    if table is None:
         words = _tables()
         kind = ir.ArrayType(I64, len(words))
-        table = builder.module.globals.get("rv64_decode_tables")
-        if table is None:
-            table = ir.GlobalVariable(builder.module, kind, "rv64_decode_tables")
-            table.linkage = "internal"
-            table.global_constant = True
-            table.initializer = ir.Constant(kind, words)
-        return builder.ptrtoint(table, I64)
+        table = ir.GlobalVariable(builder.module, kind, "rv64_decode_tables")
+        table.linkage = "internal"
+        table.global_constant = True
+        table.initializer = ir.Constant(kind, words)
+    return builder.ptrtoint(table, I64)
 
-    return types.int64(), code
+
+decode_tables = define(
+    "decode_tables", _emit_tables, types.int64, (), "Host address of the decoder's tables, a constant of the module."
+)
 
 
 @native
@@ -210,8 +208,8 @@ def put_in_scratch(s: int, offset: int, word: int) -> int:
 def decode(s: int, record: int, page: int, pc: int) -> int:
     """Fill in the record at ``record`` of shadow page ``page``; ``pc`` is its instruction's address.
 
-    Returns the record, 0 with the exception noted, or -1 if the instruction straddles two pages: what its second half is
-    depends on the mapping in force, so it is put into this hart's scratch page instead.
+    Returns the record, 0 with the exception noted, or -1 if the instruction straddles two pages: what its second
+    half is depends on the mapping in force, so it is put into this hart's scratch page instead.
     """
     machine = load_i64(s + S_MACHINE)
     number = (page - load_i64(machine + M_SHADOW)) // SHADOW_STRIDE

@@ -39,7 +39,9 @@ def _operand(name: str, fields: dict[str, int], pc: int) -> str:
 
 def _text(instruction: Instruction, fields: dict[str, int], pc: int) -> str:
     operands = re.sub(r"[a-z]+\d?", lambda found: _operand(found[0], fields, pc), instruction.assembly)
-    order = ".aq" * fields.get("aq", 0) + ("rl" if fields.get("aq") and fields.get("rl") else ".rl" * fields.get("rl", 0))
+    order = ".aq" * fields.get("aq", 0) + (
+        "rl" if fields.get("aq") and fields.get("rl") else ".rl" * fields.get("rl", 0)
+    )
     return f"{instruction.name}{order} {operands}".rstrip()
 
 

@@ -1,7 +1,7 @@
 """How one row of the instruction table describes bits.
 
-An encoding is written from the most significant bit down, as the ISA manual draws it: runs of ``0`` and ``1``, and named
-fields. Names and what they stand for::
+An encoding is written from the most significant bit down, as the ISA manual draws it: runs of ``0`` and ``1``, and
+named fields. Names and what they stand for::
 
     rd rs1 rs2 rs3      5-bit x register        fd fs1 fs2 fs3      5-bit f register
     rd' rs1' rs2' …     3-bit register, x8..x15 or f8..f15 (compressed instructions)

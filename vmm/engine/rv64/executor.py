@@ -154,8 +154,8 @@ straight = define(
 def straight_module(symbols: list[str]) -> str:
     """LLVM text of the inner loop: load a record, count, jump by its operation.
 
-    Each of the jump table's targets calls its group with the operation as a constant, which LLVM inlines and cuts down to
-    the one row. The groups have numba's calling convention (result and exception pointers).
+    Each of the jump table's targets calls its group with the operation as a constant, which LLVM inlines and cuts
+    down to the one row. The groups have numba's calling convention (result and exception pointers).
     """
     kind = "i32 (ptr, ptr, i64, i64, i64, i64, i64)"
     first = INSTRUCTIONS[0].operation

@@ -21,7 +21,6 @@ from types import TracebackType
 
 from vmm.engine.base import Exit, ExitReason
 from vmm.engine.rv64 import library
-from vmm.engine.rv64.instructions import STOP_OPERATION
 from vmm.engine.rv64.layout import (
     ACCESS_LOAD,
     CLOCK_DETERMINISTIC,
@@ -36,6 +35,7 @@ from vmm.engine.rv64.layout import (
     SHADOW_STRIDE,
     SSIP,
     STIP,
+    STOP_OPERATION,
     TLB_ENTRIES,
     Machine,
 )
@@ -201,8 +201,8 @@ class Hart:
     def run(self, budget: int | None = None) -> Exit:
         """Execute until something needs the VMM, or exactly ``budget`` instructions have been retired.
 
-        The GIL is free meanwhile. A read exit wants ``complete_read``, an SBI exit ``complete_sbi``; a write is done unless
-        ``bus_fault`` says otherwise.
+        The GIL is free meanwhile. A read exit wants ``complete_read``, an SBI exit ``complete_sbi``; a write is done
+        unless ``bus_fault`` says otherwise.
 
         Raises:
             ConfigError: a negative budget.
@@ -292,8 +292,8 @@ class Hart:
         return bool(self._get(At.SIP) & self._get(At.SIE))
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Block until an enabled interrupt is pending, the timer is due or ``interrupt`` was called; False if ``timeout``
-        seconds passed first. With the deterministic clock, time jumps to the timer's deadline instead."""
+        """Block until an enabled interrupt is pending, the timer is due or ``interrupt`` was called; False if
+        ``timeout`` seconds passed first. With the deterministic clock, time jumps to the timer's deadline instead."""
         end = None if timeout is None else time.monotonic() + timeout
         while True:
             self._wake.clear()
@@ -459,7 +459,8 @@ class Rv64Engine:
     def remote_sfence_vma(
         self, hart_ids: Iterable[int], start: int = 0, size: int = MASK64, caller: int | None = None
     ) -> None:
-        """SFENCE.VMA on other harts; returns when all have done it. Every translation is dropped, whatever the range."""
+        """SFENCE.VMA on other harts; returns when all have done it. Every translation is dropped, whatever the
+        range."""
         self._fence(hart_ids, caller)
 
     def _fence(self, hart_ids: Iterable[int], caller: int | None) -> None:

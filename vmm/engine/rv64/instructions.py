@@ -1,12 +1,12 @@
 """The instructions of the hart, one row each: encoding, assembly and meaning.
 
-Decoder, disassembler, assembler and executor all come from these rows. After: The RISC-V Instruction Set Manual, volume I
-(20240411): RV64I 2.1, M 2.0, A 2.1, F 2.2, D 2.2, C 2.0, Zicsr 2.0, Zifencei 2.0; volume II: supervisor 1.12.
+Decoder, disassembler, assembler and executor all come from these rows. After: The RISC-V Instruction Set Manual,
+volume I (20240411): RV64I 2.1, M 2.0, A 2.1, F 2.2, D 2.2, C 2.0, Zicsr 2.0, Zifencei 2.0; volume II: supervisor 1.12.
 
 How a meaning is written:
 
-- ``rd``, ``rs1``, ``fd``, ``fs1`` … are 64-bit register patterns, ``imm`` the immediate, ``pc`` and ``link`` this and the
-  next instruction's address; arithmetic wraps at 64 bits and ``>>`` is arithmetic.
+- ``rd``, ``rs1``, ``fd``, ``fs1`` … are 64-bit register patterns, ``imm`` the immediate, ``pc`` and ``link`` this
+  and the next instruction's address; arithmetic wraps at 64 bits and ``>>`` is arithmetic.
 - ``i32[address]`` is guest memory: signed i8..i64, unsigned u8..u32.
 - ``goto address`` jumps.
 - ``rm`` is the rounding mode in force, ``flags`` where accrued floating-point exceptions go.
@@ -20,11 +20,13 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from vmm.engine.rv64.encoding import Encoding, parse
+from vmm.engine.rv64.layout import FIRST_OPERATION
 
 
 @dataclass(frozen=True)
 class Instruction:
-    """One row. ``operation`` is its number in decoded records; ``reserved`` lists operand values that it may not have."""
+    """One row. ``operation`` is its number in decoded records; ``reserved`` lists operand values that it may not
+    have."""
 
     operation: int
     name: str
@@ -193,7 +195,8 @@ def _rows() -> Iterator[tuple[str, str, str, str, str]]:
     ):
         yield name, f"{high} rs2 rs1 {code} rd 0111011", "rd, rs1, rs2", f"rd = sign_extend_32({meaning})", ""
 
-    # A reserved fm is treated as fm=0 and the rs1 and rd fields are ignored, as the manual asks of base implementations.
+    # A reserved fm is treated as fm=0 and the rs1 and rd fields are ignored, as the manual asks of base
+    # implementations.
     yield "fence", "fm pred succ rs1 000 rd 0001111", "order", "memory_fence()", ""
     yield "fence.i", "imm[11:0] rs1 001 rd 0001111", "", "fence_i()", ""
     yield "ecall", "000000000000 00000 000 00000 1110011", "", "ecall()", ""
@@ -208,10 +211,22 @@ def _rows() -> Iterator[tuple[str, str, str, str, str]]:
     ):
         yield name, f"csr rs1 {code} rd 1110011", "rd, csr, rs1", f"rd = {meaning}", ""
         immediate = f"1{code[1:]}"
-        yield f"{name}i", f"csr zimm {immediate} rd 1110011", "rd, csr, zimm", f"rd = {meaning.replace('rs1', 'zimm')}", ""
+        yield (
+            f"{name}i",
+            f"csr zimm {immediate} rd 1110011",
+            "rd, csr, zimm",
+            f"rd = {meaning.replace('rs1', 'zimm')}",
+            "",
+        )
 
     for suffix, code, kind in (("w", "010", "i32"), ("d", "011", "i64")):
-        yield f"lr.{suffix}", f"00010 aq rl 00000 rs1 {code} rd 0101111", "rd, (rs1)", f"rd = load_reserved_{kind}(rs1)", ""
+        yield (
+            f"lr.{suffix}",
+            f"00010 aq rl 00000 rs1 {code} rd 0101111",
+            "rd, (rs1)",
+            f"rd = load_reserved_{kind}(rs1)",
+            "",
+        )
         meaning = f"rd = store_conditional_{kind}(rs1, rs2)"
         yield f"sc.{suffix}", f"00011 aq rl rs2 rs1 {code} rd 0101111", "rd, rs2, (rs1)", meaning, ""
         for stem, high in (
@@ -269,7 +284,12 @@ def _floating_rows() -> Iterator[tuple[str, str, str, str, str]]:
             meaning = f"rd = {kind}_{name}({one}, {two}, flags)"
             yield f"f{name}.{suffix}", f"10100{bits} fs2 fs1 {code} rd 1010011", "rd, fs1, fs2", meaning, ""
         yield f"fclass.{suffix}", f"11100{bits} 00000 fs1 001 rd 1010011", "rd, fs1", f"rd = {kind}_class({one})", ""
-        for number, short, integer in (("00000", "w", "i32"), ("00001", "wu", "u32"), ("00010", "l", "i64"), ("00011", "lu", "u64")):
+        for number, short, integer in (
+            ("00000", "w", "i32"),
+            ("00001", "wu", "u32"),
+            ("00010", "l", "i64"),
+            ("00011", "lu", "u64"),
+        ):
             encoding = f"11000{bits} {number} fs1 rm rd 1010011"
             yield f"fcvt.{short}.{suffix}", encoding, "rd, fs1, rm", f"rd = {kind}_to_{integer}({one}, rm, flags)", ""
             encoding = f"11010{bits} {number} rs1 rm fd 1010011"
@@ -277,7 +297,13 @@ def _floating_rows() -> Iterator[tuple[str, str, str, str, str]]:
             yield f"fcvt.{suffix}.{short}", encoding, "fd, rs1, rm", f"fd = {meaning}", ""
     yield "fcvt.s.d", "0100000 00001 fs1 rm fd 1010011", "fd, fs1, rm", "fd = box(f64_to_f32(fs1, rm, flags))", ""
     # Widening is exact, so the rounding mode only has to be a valid one (volume I, 22.5).
-    yield "fcvt.d.s", "0100001 00000 fs1 rm fd 1010011", "fd, fs1, rm", "fd = exact(f32_to_f64(unbox(fs1), flags), rm)", ""
+    yield (
+        "fcvt.d.s",
+        "0100001 00000 fs1 rm fd 1010011",
+        "fd, fs1, rm",
+        "fd = exact(f32_to_f64(unbox(fs1), flags), rm)",
+        "",
+    )
     yield "fmv.x.w", "1110000 00000 fs1 000 rd 1010011", "rd, fs1", "rd = sign_extend_32(fs1)", ""
     yield "fmv.w.x", "1111000 00000 rs1 000 fd 1010011", "fd, rs1", "fd = box(rs1)", ""
     yield "fmv.x.d", "1110001 00000 fs1 000 rd 1010011", "rd, fs1", "rd = fs1", ""
@@ -337,9 +363,6 @@ def _compressed_rows() -> Iterator[tuple[str, str, str, str, str]]:
 def _reserved(text: str) -> tuple[tuple[str, int], ...]:
     return tuple((name, int(value)) for name, _, value in (part.partition("=") for part in text.split()))
 
-
-#: Operation numbers that decoded records use beside those of the rows.
-UNDECODED, ILLEGAL, FIRST_OPERATION, STOP_OPERATION = 0, 1, 2, 255
 
 INSTRUCTIONS: tuple[Instruction, ...] = tuple(
     Instruction(FIRST_OPERATION + index, name, encoding, assembly, semantics, _reserved(reserved))

@@ -27,6 +27,9 @@ SHADOW_SPAN = PAGE_SIZE << RECORD_SHIFT  #: bytes of a shadow page that stand fo
 SHADOW_STRIDE = SHADOW_SPAN + 16  #: bytes from one shadow page to the next
 SINK = 32  #: index of the register that takes what is written to x0
 
+#: Operations that are not rows of the instruction table: not decoded yet, no instruction, end of the straight line.
+UNDECODED, ILLEGAL, FIRST_OPERATION, STOP_OPERATION = 0, 1, 2, 255
+
 TLB_ENTRIES = 256
 DATA_ENTRY = 32  #: bytes: load tag, store tag, addend, unused
 FETCH_ENTRY = 16  #: bytes: tag, address of the shadow page

@@ -10,7 +10,7 @@ import contextlib
 import ctypes
 import fcntl
 import hashlib
-import importlib.metadata
+import importlib.util
 import os
 import platform
 import subprocess
@@ -18,7 +18,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 from vmm.cache import cache_directory
 from vmm.engine.rv64.build import MAGIC
@@ -56,6 +56,14 @@ def target_machine() -> Any:
     return target.create_target_machine(cpu=name, features=features, opt=3, reloc="pic", codemodel="small")
 
 
+def _numba_version() -> str:
+    """What distinguishes one installed numba from another, without importing it."""
+    found = importlib.util.find_spec("numba")
+    if found is None or found.origin is None:
+        raise EngineError("numba is not installed, which compiles the hart: install the package kata-lab with pip")
+    return (Path(found.origin).parent / "_version.py").read_text()
+
+
 def _fingerprint() -> str:
     """What decides whether a compiled object fits: sources, compiler, CPU."""
     import llvmlite
@@ -65,7 +73,7 @@ def _fingerprint() -> str:
     for source in [*sorted(here.glob("*.py")), here.parent / "base.py"]:
         digest.update(source.name.encode() + b"\0" + source.read_bytes())
     name, features = _cpu()
-    for part in (llvmlite.__version__, importlib.metadata.version("numba"), platform.machine(), name, features):
+    for part in (llvmlite.__version__, _numba_version(), platform.machine(), name, features):
         digest.update(part.encode() + b"\0")
     return digest.hexdigest()[:24]
 
@@ -85,13 +93,12 @@ def _build(target: Path, progress: ProgressCallback | None) -> None:
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, process_group=0
     ) as process:
-        assert process.stdout is not None
-        assert process.stderr is not None
+        output, messages = cast(IO[str], process.stdout), cast(IO[str], process.stderr)
         try:
             errors: list[str] = []
-            reader = threading.Thread(target=lambda: errors.append(process.stderr.read()), name="compiler-messages")
+            reader = threading.Thread(target=lambda: errors.append(messages.read()), name="compiler-messages")
             reader.start()
-            for line in process.stdout:
+            for line in output:
                 fraction, _, what = line.strip().partition(" ")
                 if progress:
                     progress(float(fraction), what)

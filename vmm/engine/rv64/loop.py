@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from vmm.engine.rv64.decoder import decode, prepare_step
 from vmm.engine.rv64.executor import straight
-from vmm.engine.rv64.instructions import ILLEGAL
-from vmm.engine.rv64.layout import FETCH_ENTRY, PENDING_DONE, PENDING_FAULT, SHADOW_SPAN, TLB_ENTRIES, Hart
+from vmm.engine.rv64.layout import FETCH_ENTRY, ILLEGAL, PENDING_DONE, PENDING_FAULT, SHADOW_SPAN, TLB_ENTRIES, Hart
 from vmm.engine.rv64.mmu import fetch_missed, hear_of_code
 from vmm.engine.rv64.native import acquire_i64, load_i64, native, publish_i64, store_i64
 from vmm.engine.rv64.operands import pc_of

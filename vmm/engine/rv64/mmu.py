@@ -1,11 +1,12 @@
 """Address translation and what lies behind a TLB miss: Sv39 and Sv48, code pages, accesses that are not memory.
 
-After the RISC-V privileged architecture 1.12, 4.3–4.5. A and D bits are written by the hart (the scheme that Svadu names).
-A page that has decoded records never has a store tag, so that a store to it comes here and drops what it overwrites.
+After the RISC-V privileged architecture 1.12, 4.3–4.5. A and D bits are written by the hart (the scheme that Svadu
+names). A page that has decoded records never has a store tag, so that a store to it comes here and drops what it
+overwrites.
 
-With several harts a page may become code while another hart still has a store tag for it. The page is then noted under a
-new *epoch*; each hart drops its store tags, and the records decoded meanwhile, when it next looks around; ``fence.i``
-drops the records of pages that some hart has not heard of.
+With several harts a page may become code while another hart still has a store tag for it. The page is then noted
+under a new *epoch*; each hart drops its store tags, and the records decoded meanwhile, when it next looks around;
+``fence.i`` drops the records of pages that some hart has not heard of.
 """
 
 from __future__ import annotations
@@ -201,7 +202,8 @@ def note_code(s: int, page: int) -> int:
 
 @native
 def fence_instructions(s: int) -> int:
-    """FENCE.I: what any hart stored before is fetched after. Stores that were seen have dropped their records already."""
+    """FENCE.I: what any hart stored before is fetched after. Stores that were seen have dropped their records
+    already."""
     machine = load_i64(s + S_MACHINE)
     harts = load_i64(machine + M_HARTS)
     if harts == 1:
@@ -218,7 +220,8 @@ def fence_instructions(s: int) -> int:
 
 @native
 def overwrite_code(machine: int, physical: int, length: int) -> int:
-    """A store reached a page that may have decoded records. A page stored to often is data again, until it is executed."""
+    """A store reached a page that may have decoded records. A page stored to often is data again, until it is
+    executed."""
     flag = load_i64(machine + M_CODE) + ((physical - load_i64(machine + M_RAM_BASE)) >> 12)
     stores = load_u8(flag)
     if stores == 0:
@@ -351,9 +354,7 @@ def fill_data(s: int, address: int, physical: int, writable: int) -> int:
         store_i64(entry, page)
         store_i64(entry + 8, NO_TAG)
         store_i64(entry + 16, host - page)
-    if writable and not load_u8(
-        load_i64(machine + M_CODE) + ((physical - load_i64(machine + M_RAM_BASE)) >> 12)
-    ):
+    if writable and not load_u8(load_i64(machine + M_CODE) + ((physical - load_i64(machine + M_RAM_BASE)) >> 12)):
         store_i64(entry + 8, page)
     if load_i64(s + S_LEAF_LEVEL):
         store_i64(s + S_LARGE, 1)

@@ -1,8 +1,8 @@
 """The machine words beneath the hart: numba intrinsics for memory, atomics and 64-bit arithmetic.
 
-The hart's state and the guest's memory are plain host memory, reached by address. Every value is an ``int64`` that holds
-a 64-bit pattern; what needs another reading of the pattern (unsigned, floating) has an intrinsic here. Only the build of
-the engine and tests of its parts import this module, since numba takes half a second to import.
+The hart's state and the guest's memory are plain host memory, reached by address. Every value is an ``int64`` that
+holds a 64-bit pattern; what needs another reading of the pattern (unsigned, floating) has an intrinsic here. Only
+the build of the engine and tests of its parts import this module, since numba takes half a second to import.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from llvmlite import ir
 from numba import njit, types
@@ -47,11 +47,11 @@ def native(function: Callable[..., int]) -> Callable[..., int]:
     count = len(inspect.signature(function).parameters)
     if python_face:
         signature = types.int64(*[types.int64] * count)
-        return njit(signature, error_model="numpy")(function)  # type: ignore[no-any-return]
+        return cast(Word, njit(signature, error_model="numpy")(function))
     return _for_build(function, count)
 
 
-class _PlainPipeline(compiler.CompilerBase):  # type: ignore[misc]
+class _PlainPipeline(compiler.CompilerBase):  # type: ignore[misc]  # numba has no type information
     """Only the passes that code without arrays, closures and exceptions needs: half of numba's time."""
 
     def define_pipelines(self) -> list[PassManager]:
@@ -96,13 +96,15 @@ def _for_build(function: Callable[..., int], count: int) -> Callable[..., int]:
     called = define(name, emit_call, types.int64, (types.int64,) * count, function.__doc__ or "")
     libraries = [result.library, *result.library._linking_libraries]
     compiled_functions[called] = Compiled(symbol, tuple(str(library.get_llvm_str()) for library in libraries))
-    return called  # type: ignore[no-any-return]
+    return called
 
 
 Emit = Callable[..., ir.Value]
+Word = Callable[..., int]  #: an intrinsic whose result is a 64-bit pattern
+Floating = Callable[..., float]
 
 
-def define(name: str, emit: Emit, result: types.Type, arguments: tuple[types.Type, ...], words: str) -> Any:
+def define(name: str, emit: Emit, result: types.Type, arguments: tuple[types.Type, ...], words: str) -> Word:
     """An intrinsic called ``name``: ``emit(builder, *values)`` writes its instructions."""
 
     def code(context: Any, builder: ir.IRBuilder, signature: Any, values: list[ir.Value]) -> ir.Value:
@@ -123,14 +125,14 @@ def define(name: str, emit: Emit, result: types.Type, arguments: tuple[types.Typ
     function = scope[name]
     function.__doc__ = words
     function.__module__ = __name__
-    return intrinsic(function)
+    return cast(Word, intrinsic(function))
 
 
 def _pointer(builder: ir.IRBuilder, address: ir.Value, element: ir.Type) -> ir.Value:
     return builder.inttoptr(address, element.as_pointer())
 
 
-def _load(name: str, element: ir.IntType, signed: bool) -> Any:
+def _load(name: str, element: ir.IntType, signed: bool) -> Word:
     def emit(builder: ir.IRBuilder, address: ir.Value) -> ir.Value:
         value = builder.load(_pointer(builder, address, element), align=1)
         if element.width == 64:
@@ -140,7 +142,7 @@ def _load(name: str, element: ir.IntType, signed: bool) -> Any:
     return define(name, emit, types.int64, (types.int64,), f"The {element.width}-bit integer at a host address.")
 
 
-def _store(name: str, element: ir.IntType) -> Any:
+def _store(name: str, element: ir.IntType) -> Word:
     def emit(builder: ir.IRBuilder, address: ir.Value, value: ir.Value) -> ir.Value:
         low = value if element.width == 64 else builder.trunc(value, element)
         builder.store(low, _pointer(builder, address, element), align=1)
@@ -163,11 +165,11 @@ store_i32 = _store("store_i32", I32)
 store_i64 = _store("store_i64", I64)
 
 
-def _binary(name: str, words: str) -> Callable[[Emit], Any]:
+def _binary(name: str, words: str) -> Callable[[Emit], Word]:
     return lambda emit: define(name, emit, types.int64, (types.int64, types.int64), words)
 
 
-def _unary(name: str, words: str) -> Callable[[Emit], Any]:
+def _unary(name: str, words: str) -> Callable[[Emit], Word]:
     return lambda emit: define(name, emit, types.int64, (types.int64,), words)
 
 
@@ -193,7 +195,7 @@ sign_extend_32 = _unary("sign_extend_32", "The low 32 bits, sign-extended.")(lam
 zero_extend_32 = _unary("zero_extend_32", "The low 32 bits, zero-extended.")(lambda b, v: b.zext(b.trunc(v, I32), I64))
 
 
-def _high(name: str, left_signed: bool, right_signed: bool) -> Any:
+def _high(name: str, left_signed: bool, right_signed: bool) -> Word:
     def emit(builder: ir.IRBuilder, left: ir.Value, right: ir.Value) -> ir.Value:
         wide_left = builder.sext(left, I128) if left_signed else builder.zext(left, I128)
         wide_right = builder.sext(right, I128) if right_signed else builder.zext(right, I128)
@@ -211,48 +213,55 @@ count_leading_zeros = _unary("count_leading_zeros", "Leading zero bits of a 64-b
 )
 
 
-def _floating(name: str, function: str, kind: ir.Type, numba_kind: types.Type, count: int) -> Any:
+def _floating(name: str, function: str, kind: ir.Type, numba_kind: types.Type, count: int) -> Floating:
     def emit(builder: ir.IRBuilder, *values: ir.Value) -> ir.Value:
         declared = builder.module.declare_intrinsic(f"llvm.{function}", [kind])
         return builder.call(declared, values)
 
-    return define(name, emit, numba_kind, (numba_kind,) * count, f"IEEE 754 {function}, rounded to nearest even.")
+    words = f"IEEE 754 {function}, rounded to nearest even."
+    return cast(Floating, define(name, emit, numba_kind, (numba_kind,) * count, words))
 
 
 sqrt64 = _floating("sqrt64", "sqrt", F64, types.float64, 1)
 sqrt32 = _floating("sqrt32", "sqrt", F32, types.float32, 1)
 
-as_f64 = define("as_f64", lambda b, v: b.bitcast(v, F64), types.float64, (types.int64,), "A pattern as a double.")
+as_f64 = cast(
+    Floating, define("as_f64", lambda b, v: b.bitcast(v, F64), types.float64, (types.int64,), "A pattern as a double.")
+)
 as_bits64 = define("as_bits64", lambda b, v: b.bitcast(v, I64), types.int64, (types.float64,), "A double's pattern.")
-as_f32 = define(
-    "as_f32", lambda b, v: b.bitcast(b.trunc(v, I32), F32), types.float32, (types.int64,), "Low 32 bits as a float."
+as_f32 = cast(
+    Floating,
+    define(
+        "as_f32", lambda b, v: b.bitcast(b.trunc(v, I32), F32), types.float32, (types.int64,), "Low 32 bits as a float."
+    ),
 )
 as_bits32 = define(
     "as_bits32", lambda b, v: b.zext(b.bitcast(v, I32), I64), types.int64, (types.float32,), "A float's pattern."
 )
 
 
-def _fma(name: str, kind: ir.Type, numba_kind: types.Type) -> Any:
-    return define(
-        name, lambda b, x, y, z: b.fma(x, y, z), numba_kind, (numba_kind,) * 3, "x × y + z, rounded once to nearest."
-    )
+def _fma(name: str, kind: ir.Type, numba_kind: types.Type) -> Floating:
+    words = "x × y + z, rounded once to nearest."
+    return cast(Floating, define(name, lambda b, x, y, z: b.fma(x, y, z), numba_kind, (numba_kind,) * 3, words))
 
 
 fma64 = _fma("fma64", F64, types.float64)
 fma32 = _fma("fma32", F32, types.float32)
 
 
-def _atomic(name: str, operation: str, element: ir.IntType) -> Any:
+def _atomic(name: str, operation: str, element: ir.IntType) -> Word:
     def emit(builder: ir.IRBuilder, address: ir.Value, value: ir.Value) -> ir.Value:
         low = value if element.width == 64 else builder.trunc(value, element)
         old = builder.atomic_rmw(operation, _pointer(builder, address, element), low, "seq_cst")
         return old if element.width == 64 else builder.sext(old, I64)
 
-    words = f"Atomic {operation} of {element.width} bits at an aligned host address; returns the old value, sign-extended."
+    words = (
+        f"Atomic {operation} of {element.width} bits at an aligned host address; returns the old value, sign-extended."
+    )
     return define(name, emit, types.int64, (types.int64, types.int64), words)
 
 
-def _atomics(operation: str, stem: str) -> tuple[Any, Any]:
+def _atomics(operation: str, stem: str) -> tuple[Word, Word]:
     return _atomic(f"atomic_{stem}_i32", operation, I32), _atomic(f"atomic_{stem}_i64", operation, I64)
 
 
@@ -267,7 +276,7 @@ atomic_maxu_i32, atomic_maxu_i64 = _atomics("umax", "maxu")
 atomic_minu_i32, atomic_minu_i64 = _atomics("umin", "minu")
 
 
-def _compare_exchange(name: str, element: ir.IntType) -> Any:
+def _compare_exchange(name: str, element: ir.IntType) -> Word:
     def emit(builder: ir.IRBuilder, address: ir.Value, expected: ir.Value, value: ir.Value) -> ir.Value:
         if element.width != 64:
             expected, value = builder.trunc(expected, element), builder.trunc(value, element)

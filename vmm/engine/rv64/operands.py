@@ -1,24 +1,22 @@
 """Operands of a decoded record, and what ends an instruction: intrinsics and small functions that LLVM inlines.
 
-A row's code gets ``(s, word, record, retired)`` and returns the address of the next record. To leave the page's straight
-line it notes its own record and returns the address of the hart's stop record, which ends the loop: with FAULT set for an
-exception or exit, else to go on at NEXT_PC.
+A row's code gets ``(s, word, record, retired)`` and returns the address of the next record. To leave the page's
+straight line it notes its own record and returns the address of the hart's stop record, which ends the loop: with
+FAULT set for an exception or exit, else to go on at NEXT_PC.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from typing import Any
 
 from llvmlite import ir
 from numba import types
 
 from vmm.engine.rv64.arithmetic import box
 from vmm.engine.rv64.layout import DATA_ENTRY, NO_RESERVATION, SHADOW_SPAN, TLB_ENTRIES, Hart
-from vmm.engine.rv64.mmu import atomic_address, load_missed, reserve_address, store_missed
+from vmm.engine.rv64.mmu import atomic_address, load_missed, raise_exception, reserve_address, store_missed
 from vmm.engine.rv64.native import (
     I8,
     I64,
+    Word,
     compare_exchange_i32,
     compare_exchange_i64,
     define,
@@ -51,7 +49,7 @@ def _place(builder: ir.IRBuilder, s: ir.Value, word: ir.Value, low: int, file: i
     return builder.gep(base, [index])
 
 
-def _read(name: str, low: int, file: int) -> Any:
+def _read(name: str, low: int, file: int) -> Word:
     return define(
         name,
         lambda b, s, word: b.load(_place(b, s, word, low, file), align=8),
@@ -68,7 +66,7 @@ fs2 = _read("fs2", 24, Hart.F)
 fs3 = _read("fs3", 40, Hart.F)
 
 
-def _write(name: str, file: int) -> Any:
+def _write(name: str, file: int) -> Word:
     def emit(builder: ir.IRBuilder, s: ir.Value, word: ir.Value, value: ir.Value, following: ir.Value) -> ir.Value:
         builder.store(value, _place(builder, s, word, 8, file), align=8)
         return following
@@ -163,11 +161,10 @@ def access_csr_of(
     return record + 16
 
 
-def _reservations(
-    load: Any, compare_exchange: Any, width: int
-) -> tuple[Callable[..., int], Callable[..., int]]:
+def _reservations(load: Word, compare_exchange: Word, width: int) -> tuple[Word, Word]:
     """LR notes address and value, SC stores if the value is still there. A store of the same value in between goes
-    unseen, which no sequence that keeps to the manual's rules (volume I, 14.3) can tell. Both return 1 for an exception."""
+    unseen, which no sequence that keeps to the manual's rules (volume I, 14.3) can tell. Both return 1 for an
+    exception."""
 
     @native
     def load_reserved(s: int, word: int) -> int:
@@ -183,6 +180,9 @@ def _reservations(
     @native
     def store_conditional(s: int, word: int) -> int:
         failed = 1
+        if rs1(s, word) & (width - 1):
+            raise_exception(s, 6, rs1(s, word))
+            return 1
         if load_i64(s + S_RESERVATION) == rs1(s, word):
             host = atomic_address(s, rs1(s, word), width)
             if host == 0:
@@ -199,7 +199,7 @@ load_reserved_i32, store_conditional_i32 = _reservations(load_i32, compare_excha
 load_reserved_i64, store_conditional_i64 = _reservations(load_i64, compare_exchange_i64, 8)
 
 
-def _loader(load: Any, width: int, spare: int) -> tuple[Callable[..., int], Callable[..., int]]:
+def _loader(load: Word, width: int, spare: int) -> tuple[Word, Word]:
     """Loads of one width into x and f registers; ``spare`` bits above a signed value are copies of its sign."""
     tag_bits = -4096 | width - 1
 
@@ -229,7 +229,7 @@ def _loader(load: Any, width: int, spare: int) -> tuple[Callable[..., int], Call
     return into_x, into_f
 
 
-def _storer(store: Any, width: int) -> Callable[..., int]:
+def _storer(store: Word, width: int) -> Word:
     tag_bits = -4096 | width - 1
 
     @native
@@ -259,8 +259,8 @@ store_to_i32 = _storer(store_i32, 4)
 store_to_i64 = _storer(store_i64, 8)
 
 #: Functions that belong into each row's code; whatever is behind them is called.
-INLINED = (
-    [stop, pc_of, jump_near, jump_far, serialise, floating_off, floating_dirty, rounding_mode]
-    + [load_x_i8, load_x_u8, load_x_i16, load_x_u16, load_x_i32, load_x_u32, load_x_i64, load_f_u32, load_f_i64]
-    + [store_to_i8, store_to_i16, store_to_i32, store_to_i64]
-)
+INLINED = [
+    *[stop, pc_of, jump_near, jump_far, serialise, floating_off, floating_dirty, rounding_mode],
+    *[load_x_i8, load_x_u8, load_x_i16, load_x_u16, load_x_i32, load_x_u32, load_x_i64, load_f_u32, load_f_i64],
+    *[store_to_i8, store_to_i16, store_to_i32, store_to_i64],
+]

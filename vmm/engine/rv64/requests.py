@@ -1,10 +1,10 @@
-"""What other threads ask of a hart while it runs: bits set with atomic operations that the hart's own code also uses."""
+"""What other threads ask of a hart while it runs: bits set atomically, as the hart's own code does."""
 
 from __future__ import annotations
 
 from vmm.engine.rv64.layout import Hart, Machine
 from vmm.engine.rv64.mmu import in_ram, overwrite_code
-from vmm.engine.rv64.native import atomic_and_i64, atomic_or_i64, load_i64, native, publish_i64
+from vmm.engine.rv64.native import atomic_and_i64, atomic_or_i64, native, publish_i64
 
 S_LIMIT, M_RAM_BASE, M_RAM_SIZE = Hart.LIMIT, Machine.RAM_BASE, Machine.RAM_SIZE
 

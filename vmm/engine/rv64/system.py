@@ -27,7 +27,15 @@ from vmm.engine.rv64.layout import (
     Hart,
     Machine,
 )
-from vmm.engine.rv64.mmu import fence_instructions, fetch_word, flush_address, flush_tlb, hear_of_code, raise_exception, select_tlbs
+from vmm.engine.rv64.mmu import (
+    fence_instructions,
+    fetch_word,
+    flush_address,
+    flush_tlb,
+    hear_of_code,
+    raise_exception,
+    select_tlbs,
+)
 from vmm.engine.rv64.native import (
     acquire_i64,
     atomic_and_i64,
@@ -352,8 +360,8 @@ def access_csr(s: int, number: int, operation: int, operand: int, writes: int, r
     if writes and number >> 10 == 3:
         return illegal(s) * 0
     old = read_csr(s, number, retired)
-    if load_i64(s + S_FAULT) or not writes:
-        return old
+    if load_i64(s + S_FAULT) or not writes or (operation != WRITE and operand == 0):
+        return old  # setting or clearing no bit changes nothing, not even FS
     if operation == WRITE:
         write_csr(s, number, operand, retired)
     elif operation == SET:
@@ -421,7 +429,7 @@ def update_limit(s: int, retired: int) -> int:
 
 @native
 def look_around(s: int, pc: int, retired: int) -> int:
-    """What a hart does between instructions now and then: requests, code pages, timer, interrupts. Returns the next pc."""
+    """What a hart does now and then: requests, code pages, timer, interrupts. Returns the next pc."""
     store_i64(s + S_RETIRED, retired)
     requests = acquire_i64(s + S_REQUESTS)
     if requests:
