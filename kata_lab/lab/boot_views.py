@@ -36,7 +36,7 @@ def milestone_table(trace: Trace) -> Table:
 
 
 def boot_timeline(trace: Trace) -> Picture:
-    """When each milestone was reached, and, where exits were traced, how many of them there were meanwhile.
+    """When each milestone was reached, and, where exits were traced, how many of them there were until the last one.
 
     Raises:
         LabError: the VM has not started.
@@ -46,7 +46,9 @@ def boot_timeline(trace: Trace) -> Picture:
     milestones, activity = trace.milestones, trace.activity
     if not milestones:
         raise LabError("there is no boot to draw: start the VM first")
-    end = max([each.seconds for each in milestones] + [each.seconds for each in activity] + [1e-3])
+    # A guest that was used for an hour has booted in its first seconds all the same.
+    end = max(milestones[-1].seconds * 1.08, 1e-3)
+    activity = tuple(each for each in activity if each.seconds <= end)
     figure = Figure(figsize=(9, 2.4 + 0.28 * len(milestones)))
     shown = figure.subplots(
         2 if activity else 1, 1, sharex=True, squeeze=False, height_ratios=[3, 2][: 1 + bool(activity)]
@@ -67,8 +69,7 @@ def boot_timeline(trace: Trace) -> Picture:
 
 def _draw_milestones(axes: Any, milestones: Sequence[Milestone], end: float) -> None:
     for row, each in enumerate(milestones):
-        axes.plot([each.seconds, each.seconds], [row, len(milestones)], color="#bbbbbb", linewidth=1, zorder=1)
-        axes.plot(each.seconds, row, marker="o", color=BLUE, zorder=2)
+        axes.plot(each.seconds, row, marker="o", color=BLUE)
         left = each.seconds < 0.55 * end
         axes.annotate(
             f"{each.name}  {each.seconds:.2f} s · {each.instructions / 1e6:,.0f} M instructions",
@@ -79,10 +80,13 @@ def _draw_milestones(axes: Any, milestones: Sequence[Milestone], end: float) -> 
             va="center",
             fontsize=9,
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
+            zorder=3,
         )
     axes.set_ylim(len(milestones) - 0.4, -0.6)
     axes.set_xlim(-0.01 * end, end * 1.02)
     axes.set_yticks([])
+    axes.grid(axis="x", color="#dddddd")
+    axes.set_axisbelow(True)
     axes.set_title("Milestones of the boot", loc="left", fontsize=10)
 
 
@@ -134,6 +138,8 @@ def exits_chart(trace: Trace) -> Picture:
     axes.set_yticks(range(len(shown)), [f"{each.kind}  {each.name}".strip() for each in shown], fontsize=9)
     axes.invert_yaxis()
     axes.set_xscale("log")
+    axes.grid(axis="x", color="#dddddd")
+    axes.set_axisbelow(True)
     axes.set_xlim(0.7, shown[0].count * 30)
     axes.set_xlabel("exits (logarithmic scale)")
     kinds = dict.fromkeys(each.kind for each in shown)

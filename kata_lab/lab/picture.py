@@ -73,7 +73,11 @@ class Table:
         return "\n".join(lines)
 
     def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, str]:
-        caption = f"<caption style='text-align:left'>{html.escape(self.caption)}</caption>" if self.caption else ""
+        caption = (
+            f"<caption style='text-align:left;white-space:nowrap'>{html.escape(self.caption)}</caption>"
+            if self.caption
+            else ""
+        )
         head = "".join(f"<th scope='col' style='{_CELL}'>{html.escape(name)}</th>" for name in self.header)
         body = "".join(self._row(number, row) for number, row in enumerate(self.rows))
         inside = f"{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody>"

@@ -17,19 +17,20 @@ if TYPE_CHECKING:
     from vmm.engine.base import Exit
     from vmm.engine.rv64.hart import Hart, Rv64Engine
 
-_CSRS = ("sepc", "scause", "stval", "stvec", "sstatus", "satp")
+_TRAP_CSRS = ("sepc", "scause", "stval", "sstatus")
+_CSRS = (*_TRAP_CSRS, "stvec", "satp")
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
     """One executed instruction: where it was, its word (None where none could be fetched), its text, what it changed
-    (name → value after it), and why it left guest code ("" if it did not)."""
+    (name → value after it), and the trap or exit that it ended in ("" if it completed)."""
 
     address: int
     word: int | None
     text: str
     changes: dict[str, int] = field(default_factory=dict)
-    exit: str = ""
+    event: str = ""
 
 
 def take_steps(engine: Rv64Engine, count: int, hart: int = 0) -> list[Step]:
@@ -44,32 +45,38 @@ def take_steps(engine: Rv64Engine, count: int, hart: int = 0) -> list[Step]:
     stepped = engine.harts[hart]
     steps: list[Step] = []
     for _ in range(count):
-        address, before = stepped.pc, _state(stepped)
-        word, text = _fetch(engine, stepped)
+        address, before, traps = stepped.pc, _state(stepped), stepped.traps
+        word, text = _fetch(engine, stepped, address)
         ended = stepped.step()
         changes = {name: value for name, value in _state(stepped).items() if value != before[name]}
-        cause = "" if ended.reason is ExitReason.BUDGET else _exit_text(ended)
-        steps.append(Step(address, word, text, changes, cause))
-        if cause:
+        if stepped.traps > traps:
+            # What traps does not complete: the step went on with the handler's first instruction.
+            noted = {name: changes.pop(name) for name in _TRAP_CSRS if name in changes}
+            steps.append(Step(address, word, text, noted, f"trap: {_trap_text(stepped)}"))
+            address = stepped.csr["stvec"] & ~3
+            word, text = _fetch(engine, stepped, address)
+        event = "" if ended.reason is ExitReason.BUDGET else _exit_text(ended)
+        steps.append(Step(address, word, text, changes, event))
+        if event:
             break
     return steps
 
 
 def step_table(steps: Sequence[Step]) -> Table:
-    """A row for every step; those that left guest code are marked."""
+    """A row for every step; those that trapped or left guest code are marked."""
     rows = [
         (
             f"{step.address:#x}",
             "-" if step.word is None else f"{step.word:08x}" if step.word & 3 == 3 else f"{step.word:04x}",
             step.text,
-            ", ".join([f"{name} = {value:#x}" for name, value in step.changes.items()] + [step.exit] * bool(step.exit)),
+            ", ".join(
+                [f"{name} = {value:#x}" for name, value in step.changes.items()] + [step.event] * bool(step.event)
+            ),
         )
         for step in steps
     ]
-    marked = frozenset(number for number, step in enumerate(steps) if step.exit)
-    return Table(
-        ("address", "word", "instruction", "what changed"), rows, f"{len(rows)} instructions, in order", marked
-    )
+    marked = frozenset(number for number, step in enumerate(steps) if step.event)
+    return Table(("address", "word", "instruction", "what changed"), rows, f"{len(rows)} steps, in order", marked)
 
 
 def code_table(program: bytes, base: int) -> Table:
@@ -113,17 +120,24 @@ def _state(hart: Hart) -> dict[str, int]:
     return registers | {name: hart.csr[name] for name in _CSRS}
 
 
-def _fetch(engine: Rv64Engine, hart: Hart) -> tuple[int | None, str]:
+def _trap_text(hart: Hart) -> str:
+    from vmm.engine.rv64.registers import EXCEPTIONS
+
+    cause = hart.csr["scause"]
+    return f"interrupt {cause & 63}" if cause >> 63 else EXCEPTIONS.get(cause, f"exception {cause}")
+
+
+def _fetch(engine: Rv64Engine, hart: Hart, address: int) -> tuple[int | None, str]:
     from vmm.engine.rv64.disassembler import disassemble
     from vmm.engine.rv64.instructions import instruction_length
 
-    memory, physical = engine.memory, hart.translate(hart.pc)
+    memory, physical = engine.memory, hart.translate(address)
     if physical is None or not memory.base <= physical <= memory.end - 4:
         return None, "no memory here"
     word = memory.read_int(physical, 2)
     if instruction_length(word) == 4:
         word = memory.read_int(physical, 4)
-    return word, disassemble(word, hart.pc)
+    return word, disassemble(word, address)
 
 
 def _exit_text(ended: Exit) -> str:
