@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from vmm.board.fdt import Node, cells64, node, read_fdt, write_fdt
 from vmm.board.riscv_virt import Chosen, build_tree
 from vmm.errors import BootError, ConfigError
 
-needs_dtc = pytest.mark.skipif(shutil.which("dtc") is None, reason="the device tree compiler dtc is not installed")
+needs_dtc = pytest.mark.usefixtures("dtc_is_installed")
 
 NAMES = st.from_regex(r"[a-z][0-9A-Za-z,._+-]{0,12}(@[0-9a-f]{1,8})?", fullmatch=True)
 PROPERTIES = st.dictionaries(
@@ -138,6 +138,11 @@ def test_children_need_different_names() -> None:
 def test_root_with_a_name_is_refused() -> None:
     with pytest.raises(ConfigError, match="empty name, not 'root'"):
         write_fdt(node("root"))
+
+
+@pytest.fixture(scope="session")
+def dtc_is_installed(program: Callable[[str], str]) -> None:
+    program("dtc")
 
 
 @needs_dtc

@@ -7,18 +7,14 @@ has an M-mode and an S-mode context per hart, so our context 0 is its context 1.
 from __future__ import annotations
 
 import random
-import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
 from vmm.board.riscv_virt import PLIC_BASE, RAM_BASE, UART_BASE, RiscvVirtBoard
 from vmm.console import Console
 from vmm.memory import GuestMemory
-
-QEMU = shutil.which("qemu-system-riscv64")
-pytestmark = pytest.mark.skipif(QEMU is None, reason="the referee qemu-system-riscv64 is not installed")
 
 THR, IER, FCR, LCR, MCR, LSR, MSR, SCR = range(8)
 PRIORITY, PENDING, ENABLE, THRESHOLD, CLAIM = 4 * 10, 0x1000, 0x2000, 0x20_0000, 0x20_0004
@@ -32,10 +28,9 @@ Step = tuple[int, int | None]
 class Qemu:
     """The devices of QEMU's virt machine, reached through qtest."""
 
-    def __init__(self) -> None:
-        assert QEMU is not None
+    def __init__(self, program: str) -> None:
         self._process = subprocess.Popen(
-            (QEMU, *OPTIONS),
+            (program, *OPTIONS),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -63,8 +58,8 @@ class Qemu:
 
 
 @pytest.fixture
-def qemu() -> Iterator[Qemu]:
-    started = Qemu()
+def qemu(program: Callable[[str], str]) -> Iterator[Qemu]:
+    started = Qemu(program("qemu-system-riscv64"))
     yield started
     started.close()
 

@@ -1,0 +1,84 @@
+"""The command line as a process of its own, as a person starts it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+COMMAND = (sys.executable, "-m", "kata_lab")
+REPOSITORY = Path(__file__).resolve().parents[2]
+SECONDS = 120.0
+
+
+def environment(**changes: str) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(REPOSITORY), **changes}
+
+
+def kata_lab(
+    *arguments: str, typed: bytes = b"", changes: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[bytes]:
+    """Run to the end, with ``typed`` as standard input."""
+    return subprocess.run(
+        [*COMMAND, *arguments],
+        input=typed,
+        capture_output=True,
+        env=environment(**(changes or {})),
+        timeout=SECONDS,
+        check=False,
+    )
+
+
+class Started:
+    """A running command line whose standard input stays open; a context manager that leaves nothing running."""
+
+    def __init__(self, arguments: Sequence[str], changes: Mapping[str, str] | None = None) -> None:
+        self._process = subprocess.Popen(
+            [*COMMAND, *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=environment(**(changes or {})),
+            # A shell's background jobs ignore Ctrl-C; this one shall not.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )
+
+    def wait_for(self, text: str) -> None:
+        assert self._process.stdout is not None
+        seen = b""
+        while text.encode() not in seen:
+            data = os.read(self._process.stdout.fileno(), 4096)
+            assert data, seen.decode(errors="replace")
+            seen += data
+
+    def stop_reading(self) -> None:
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+
+    def type(self, data: bytes) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(data)
+        self._process.stdin.flush()
+
+    def signal(self, number: int) -> None:
+        self._process.send_signal(number)
+
+    def status(self) -> int:
+        return self._process.wait(SECONDS)
+
+    def errors(self) -> str:
+        assert self._process.stderr is not None
+        return self._process.stderr.read().decode()
+
+    def __enter__(self) -> Started:
+        return self
+
+    def __exit__(self, *ended: object) -> None:
+        self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout, self._process.stderr):
+            assert pipe is not None
+            pipe.close()
