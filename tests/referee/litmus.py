@@ -27,7 +27,7 @@ CODE = MEMORY_BASE
 LOCATIONS = MEMORY_BASE + (1 << 20)
 RESULTS = MEMORY_BASE + (16 << 20)
 SPACING = 4096
-_LIMIT_SECONDS = 60
+_LIMIT_SECONDS = 30
 _SLICE_INSTRUCTIONS = 20_000_000
 
 #: Answers an environment call: hart number and a0..a7 to (error, value).
@@ -84,6 +84,9 @@ class Litmus:
         Raises:
             RefereeError: a hart came back for an unexpected reason, or did not end.
         """
+        # Before any of them runs: a reset forgets interrupts.
+        for hart in self._engine.harts:
+            hart.reset(CODE, hart.id, 0)
         deadline = time.monotonic() + _LIMIT_SECONDS
         threads = [
             threading.Thread(target=self._live, args=(hart, deadline), name=f"litmus-hart-{hart.id}")
@@ -98,7 +101,6 @@ class Litmus:
 
     def _live(self, hart: Hart, deadline: float) -> None:
         try:
-            hart.reset(CODE, hart.id, 0)
             self._serve(hart, deadline)
         except BaseException as error:
             self._failures.append(error)
@@ -111,7 +113,7 @@ class Litmus:
                     return
                 hart.complete_sbi(*self._firmware(self._engine, hart.id, left.args))
             elif left.reason is ExitReason.HALTED:
-                hart.wait()
+                hart.wait(timeout=1.0)
             elif left.reason is not ExitReason.BUDGET:
                 raise RefereeError(f"hart {hart.id} came back with {left} at {hart.pc:#x}; it must only call SBI")
             if time.monotonic() > deadline:

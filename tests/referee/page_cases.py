@@ -167,6 +167,9 @@ def superpage_case(random: Random, number: int) -> Case:
     start = MEMORY_BASE if level < 3 else 0
     window = shown + COMMONS - start
     flags = _leaf_flags(random, user) | random.choice((0, X))
+    if not flags & (R | W | X):
+        # It would be a pointer, to what no two machines have in common.
+        flags |= R
     entries = (
         Entry(code_page, V | X | A | (U if user else 0), _CODE_FRAME),
         Entry(shown, leaf(start, flags), level=level, raw=True),
