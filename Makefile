@@ -1,0 +1,130 @@
+# Kata Lab: make demo boots a machine, make test runs all tests, make lab opens the notebooks.
+# For Debian 12 and newer and Ubuntu 24.04 and newer. Python packages go to .venv, from where pip is configured to fetch.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.ONESHELL:
+.SILENT:
+.DEFAULT_GOAL := help
+.PHONY: help demo test lab clean system-demo system-test
+
+VENV := .venv
+BIN := $(VENV)/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+# A virtual environment whose Python went away, or that was moved, is made anew.
+$(shell $(BIN)/python -c 'import sys; sys.exit(sys.prefix != sys.argv[1])' "$$PWD/$(VENV)" 2>/dev/null || rm -f $(VENV)/.made)
+
+# install <why> <package>...: through APT, as root or with sudo. An alternative is written a|b: the first that APT knows.
+define INSTALL
+step() { printf '\n== %s\n' "$$*"; }
+install() {
+    local why=$$1 sudo= package chosen=(); shift
+    command -v apt-get >/dev/null || { echo "make: $$* is needed ($$why), and this machine has no APT to install it" >&2; exit 1; }
+    if [ "$$(id -u)" != 0 ]; then
+        command -v sudo >/dev/null || { echo "make: $$* is needed ($$why): install it as root" >&2; exit 1; }
+        sudo=sudo
+    fi
+    step "Installing $$* with APT: $$why"
+    $$sudo apt-get -q update </dev/null
+    for package in "$$@"; do
+        if apt-cache show "$${package%|*}" >/dev/null 2>&1; then chosen+=("$${package%|*}"); else chosen+=("$${package#*|}"); fi
+    done
+    $$sudo env DEBIAN_FRONTEND=noninteractive apt-get -q -y install --no-install-recommends "$${chosen[@]}" </dev/null
+}
+# need <program> <why> <package>: installs the package unless the program is there.
+need() { command -v "$$1" >/dev/null || install "$$2" "$$3"; }
+endef
+
+# suitable <python>: whether it is new enough and complete enough to make a virtual environment.
+define PYTHON
+suitable() {
+    "$$1" -c 'import sys, venv, ensurepip, ctypes, lzma, ssl, zlib; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1
+}
+find_python() {
+    local each
+    for each in $${PYTHON:-} python3 /usr/bin/python3 python3.13 python3.12 python3.11; do
+        if suitable "$$each"; then echo "$$each"; return; fi
+    done
+}
+endef
+
+help:
+	echo 'make demo   installs what is needed, boots a Debian kernel in a Python process and runs a command in it'
+	echo 'make test   installs what the tests need, and runs all checks and tests'
+	echo 'make lab    opens the notebooks in JupyterLab'
+	echo 'make clean  removes the virtual environment and what tools left behind'
+
+demo: system-demo $(VENV)/.demo
+	$(INSTALL)
+	[ -t 2 ] || export KATA_LAB_PROGRESS=lines
+	step 'What this machine can do (kata-lab doctor)'
+	$(BIN)/kata-lab doctor
+	step 'Booting a Debian kernel in a Python process (kata-lab boot); the first time it is fetched and the CPU compiled'
+	$(BIN)/kata-lab boot --trace --run 'uname -a' </dev/null
+
+test: system-test $(VENV)/.test
+	$(INSTALL)
+	export KATA_LAB_PROGRESS=lines
+	step 'Checking the style (ruff check, ruff format)'
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	step 'Checking the types (mypy)'
+	$(BIN)/mypy
+	step 'Building the boot guest and compiling the CPU, unless that was done (kata-lab boot)'
+	$(BIN)/kata-lab boot --run true </dev/null >/dev/null
+	step 'Running the notebooks (pytest --nbval-lax notebooks)'
+	$(BIN)/pytest -q --nbval-lax --nbval-current-env -W default notebooks </dev/null
+	step 'Running the tests (pytest)'
+	$(BIN)/pytest </dev/null
+
+lab: system-demo $(VENV)/.lab
+	exec $(BIN)/jupyter lab notebooks
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+system-demo:
+	$(INSTALL)
+	$(PYTHON)
+	[ -n "$$(find_python)" ] || install 'Python, and its module venv for $(VENV)' python3 python3-venv
+	[ -n "$$(find_python)" ] || { echo 'make: Python 3.11 or newer is needed; name one with make PYTHON=...' >&2; exit 1; }
+	[ -e /usr/share/keyrings/debian-archive-keyring.gpg ] || [ -e /usr/share/keyrings/debian-archive-keyring.pgp ] ||
+	    install 'the keys that sign the packages of the guest' debian-archive-keyring
+
+system-test: system-demo
+	$(INSTALL)
+	need qemu-system-riscv64 'a referee of CPU and devices, and the peer of the benchmarks' 'qemu-system-riscv|qemu-system-misc'
+	need qemu-riscv64-static 'a referee of floating point' qemu-user-static
+	need dtc 'a referee of the device tree' device-tree-compiler
+	need cpio 'a referee of the initramfs' cpio
+	need gpg 'signs the archives that the tests make' gnupg
+	need dpkg-deb 'makes the packages that the tests read' dpkg
+	need setpriv 'runs a test as somebody else than root' util-linux
+
+$(VENV)/.made: | system-demo
+	$(INSTALL)
+	$(PYTHON)
+	python=$$(find_python)
+	step "Making $(VENV) with $$($$python -V)"
+	rm -rf $(VENV)
+	"$$python" -m venv $(VENV)
+	touch $@
+
+$(VENV)/.demo: pyproject.toml $(VENV)/.made
+	$(INSTALL)
+	step 'Installing Kata Lab and the Python packages it uses into $(VENV) (pip install -e .)'
+	$(BIN)/python -m pip install -q -e . </dev/null
+	touch $@
+
+$(VENV)/.lab: pyproject.toml $(VENV)/.made
+	$(INSTALL)
+	step 'Installing JupyterLab into $(VENV) (pip install -e .[lab])'
+	$(BIN)/python -m pip install -q -e '.[lab]' </dev/null
+	touch $@
+
+$(VENV)/.test: pyproject.toml $(VENV)/.made
+	$(INSTALL)
+	step 'Installing what the tests use into $(VENV) (pip install -e .[test])'
+	$(BIN)/python -m pip install -q -e '.[test]' </dev/null
+	touch $@
