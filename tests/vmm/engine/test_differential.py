@@ -40,7 +40,7 @@ def assert_agreement(cases: list[Case]) -> None:
     assert not reports, "\n\n".join(reports)
 
 
-@examples(60)
+@examples(150)
 @given(recipes)
 def test_generated_blocks_leave_the_state_that_qemu_leaves(recipe: Recipe) -> None:
     assert_agreement(generate(recipe))

@@ -10,7 +10,7 @@ from tests.referee.page_cases import page_cases
 from tests.referee.verdict import disagreements
 
 
-@pytest.mark.parametrize("batch", range(4))
+@pytest.mark.parametrize("batch", range(8))
 def test_address_spaces_behave_and_look_afterwards_as_on_qemu(batch: int) -> None:
     for seed in range(batch * SCALE, (batch + 1) * SCALE):
         reports = disagreements(page_cases(SEED + seed, 800), run_on_engine, run_on_qemu)
