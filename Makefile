@@ -15,25 +15,30 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # A virtual environment whose Python went away, or that was moved, is made anew.
 $(shell $(BIN)/python -c 'import sys; sys.exit(sys.prefix != sys.argv[1])' "$$PWD/$(VENV)" 2>/dev/null || rm -f $(VENV)/.made)
 
-# install <why> <package>...: through APT, as root or with sudo. An alternative is written a|b: the first that APT knows.
+# need <package> <why> <command>...: notes a package unless the command succeeds. A package a|b is the first that APT has.
+# install_needed: installs what was noted, as root or with sudo.
 define INSTALL
 step() { printf '\n== %s\n' "$$*"; }
-install() {
-    local why=$$1 sudo= package chosen=(); shift
-    command -v apt-get >/dev/null || { echo "make: $$* is needed ($$why), and this machine has no APT to install it" >&2; exit 1; }
+packages=()
+need() {
+    local package=$$1 why=$$2; shift 2
+    "$$@" >/dev/null 2>&1 || { packages+=("$$package"); echo "make: $$package is needed: $$why"; }
+}
+install_needed() {
+    local sudo= each chosen=()
+    [ $${#packages[@]} -gt 0 ] || return 0
+    command -v apt-get >/dev/null || { echo "make: this machine has no APT to install $${packages[*]} with" >&2; exit 1; }
     if [ "$$(id -u)" != 0 ]; then
-        command -v sudo >/dev/null || { echo "make: $$* is needed ($$why): install it as root" >&2; exit 1; }
+        command -v sudo >/dev/null || { echo "make: have $${packages[*]} installed, since you are not root" >&2; exit 1; }
         sudo=sudo
     fi
-    step "Installing $$* with APT: $$why"
+    step "Installing $${packages[*]} with APT"
     $$sudo apt-get -q update </dev/null
-    for package in "$$@"; do
-        if apt-cache show "$${package%|*}" >/dev/null 2>&1; then chosen+=("$${package%|*}"); else chosen+=("$${package#*|}"); fi
+    for each in "$${packages[@]}"; do
+        if apt-cache show "$${each%|*}" >/dev/null 2>&1; then chosen+=("$${each%|*}"); else chosen+=("$${each#*|}"); fi
     done
     $$sudo env DEBIAN_FRONTEND=noninteractive apt-get -q -y install --no-install-recommends "$${chosen[@]}" </dev/null
 }
-# need <program> <why> <package>: installs the package unless the program is there.
-need() { command -v "$$1" >/dev/null || install "$$2" "$$3"; }
 endef
 
 # suitable <python>: whether it is new enough and complete enough to make a virtual environment.
@@ -41,6 +46,7 @@ define PYTHON
 suitable() {
     "$$1" -c 'import sys, venv, ensurepip, ctypes, lzma, ssl, zlib; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1
 }
+have_python() { [ -n "$$(find_python)" ]; }
 find_python() {
     local each
     for each in $${PYTHON:-} python3 /usr/bin/python3 python3.13 python3.12 python3.11; do
@@ -87,20 +93,22 @@ clean:
 system-demo:
 	$(INSTALL)
 	$(PYTHON)
-	[ -n "$$(find_python)" ] || install 'Python, and its module venv for $(VENV)' python3 python3-venv
-	[ -n "$$(find_python)" ] || { echo 'make: Python 3.11 or newer is needed; name one with make PYTHON=...' >&2; exit 1; }
-	[ -e /usr/share/keyrings/debian-archive-keyring.gpg ] || [ -e /usr/share/keyrings/debian-archive-keyring.pgp ] ||
-	    install 'the keys that sign the packages of the guest' debian-archive-keyring
+	need python3 'the lab is written in Python' have_python
+	need python3-venv 'its packages go to $(VENV)' have_python
+	need debian-archive-keyring 'its keys sign the packages of the guest' ls /usr/share/keyrings/debian-archive-keyring.*
+	install_needed
+	have_python || { echo 'make: Python 3.11 or newer is needed: name one with make PYTHON=...' >&2; exit 1; }
 
 system-test: system-demo
 	$(INSTALL)
-	need qemu-system-riscv64 'a referee of CPU and devices, and the peer of the benchmarks' 'qemu-system-riscv|qemu-system-misc'
-	need qemu-riscv64-static 'a referee of floating point' qemu-user-static
-	need dtc 'a referee of the device tree' device-tree-compiler
-	need cpio 'a referee of the initramfs' cpio
-	need gpg 'signs the archives that the tests make' gnupg
-	need dpkg-deb 'makes the packages that the tests read' dpkg
-	need setpriv 'runs a test as somebody else than root' util-linux
+	need 'qemu-system-riscv|qemu-system-misc' 'a referee of CPU and devices' command -v qemu-system-riscv64
+	need qemu-user-static 'a referee of floating point' command -v qemu-riscv64-static
+	need device-tree-compiler 'a referee of the device tree' command -v dtc
+	need cpio 'a referee of the initramfs' command -v cpio
+	need gnupg 'signs the archives that the tests make' command -v gpg
+	need dpkg 'makes the packages that the tests read' command -v dpkg-deb
+	need util-linux 'runs a test as somebody else than root' command -v setpriv
+	install_needed
 
 $(VENV)/.made: | system-demo
 	$(INSTALL)
