@@ -71,7 +71,11 @@ _SYSTEM = {
         "return serialise(s, record, return_from_trap(s))",
     ],
     "wfi": ["if wait_for_interrupt(s, retired - 1):", "    " + _STOP, _SERIALISE],
-    "sfence_vma": ["if fence_translations(s, word >> 16 & 255, rs1(s, word)):", "    " + _STOP, _SERIALISE],
+    "sfence_vma": [
+        "if fence_translations(s, word >> 16 & 255, word >> 24 & 255, rs1(s, word)):",
+        "    " + _STOP,
+        _SERIALISE,
+    ],
 }
 
 

@@ -25,8 +25,6 @@ from vmm.engine.rv64.layout import (
     ACCESS_LOAD,
     CLOCK_DETERMINISTIC,
     CLOCK_REAL,
-    FETCH_ENTRY,
-    NO_TAG,
     PENDING_DONE,
     PENDING_FAULT,
     PENDING_NONE,
@@ -36,7 +34,6 @@ from vmm.engine.rv64.layout import (
     SSIP,
     STIP,
     STOP_OPERATION,
-    TLB_ENTRIES,
     Machine,
 )
 from vmm.engine.rv64.layout import Hart as At
@@ -132,8 +129,6 @@ class Hart:
         self.x = IntegerRegisters(address + At.X, 32)
         self.f = Words(address + At.F, 32)
         self.csr = CsrFile(self)
-        for offset in range(At.DATA_TLBS, At.FETCH_TLBS + 2 * TLB_ENTRIES * FETCH_ENTRY, 8):
-            self._state[offset // 8] = NO_TAG
         self._set(At.ID, number)
         self._set(At.MACHINE, engine.machine_address)
         self._set(At.STOP, STOP_OPERATION)

@@ -31,8 +31,8 @@ SINK = 32  #: index of the register that takes what is written to x0
 UNDECODED, ILLEGAL, FIRST_OPERATION, STOP_OPERATION = 0, 1, 2, 255
 
 TLB_ENTRIES = 256
-DATA_ENTRY = 32  #: bytes: load tag, store tag, addend, unused
-FETCH_ENTRY = 16  #: bytes: tag, address of the shadow page
+DATA_ENTRY = 32  #: bytes: load tag, store tag, addend, 1 if the mapping is global
+FETCH_ENTRY = 32  #: bytes: tag, address of the shadow page, 1 if the mapping is global, unused
 NO_TAG = -1
 NO_RESERVATION = 1  #: no LR reserves an odd address
 
@@ -131,6 +131,8 @@ class Hart:
     TLB = _field()  #: address of the data TLB in force
     FETCH_TLB = _field()
     LEAF_LEVEL = _field()  #: level of the last leaf found: 0 is 4 KiB
+    LEAF_GLOBAL = _field()  #: 1: the last leaf found maps its address in every address space
+    LOCAL_USED = _field()  #: a bit for each TLB that has got an entry which is not global
     LARGE = _field()  #: 1: some TLB entry came out of a superpage
     CODE_SEEN = _field()  #: Machine.CODE_EPOCH that this hart has acted on
     FLUSHES_ASKED = _field()

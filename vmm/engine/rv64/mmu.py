@@ -55,6 +55,7 @@ from vmm.engine.rv64.native import (
 # numba reads globals, not class attributes of other modules' classes
 S_FAULT, S_CAUSE, S_TVAL, S_STATUS, S_SATP = Hart.FAULT, Hart.CAUSE, Hart.TVAL, Hart.STATUS, Hart.SATP
 S_PRIVILEGE, S_MACHINE, S_LEAF_LEVEL, S_LARGE = Hart.PRIVILEGE, Hart.MACHINE, Hart.LEAF_LEVEL, Hart.LARGE
+S_LEAF_GLOBAL, S_LOCAL_USED = Hart.LEAF_GLOBAL, Hart.LOCAL_USED
 S_TLB, S_FETCH_TLB, S_DATA_TLBS, S_FETCH_TLBS = Hart.TLB, Hart.FETCH_TLB, Hart.DATA_TLBS, Hart.FETCH_TLBS
 S_EXIT, S_EXIT_ADDRESS, S_EXIT_WIDTH, S_EXIT_VALUE = Hart.EXIT, Hart.EXIT_ADDRESS, Hart.EXIT_WIDTH, Hart.EXIT_VALUE
 S_PENDING = Hart.PENDING
@@ -67,7 +68,7 @@ EXIT_READ, EXIT_WRITE = int(ExitReason.MMIO_READ), int(ExitReason.MMIO_WRITE)
 DATA_TLB_BYTES = TLB_ENTRIES * DATA_ENTRY
 FETCH_TLB_BYTES = TLB_ENTRIES * FETCH_ENTRY
 
-V, R, W, X, U, A, D = 1, 2, 4, 8, 16, 64, 128
+V, R, W, X, U, G, A, D = 1, 2, 4, 8, 16, 32, 64, 128
 STORES_TO_DATA = 64
 PTE_RESERVED = -1 << 54  # Svnapot, Svpbmt and the rest are not implemented, so these bits must be zero
 
@@ -245,7 +246,27 @@ def flush_tlb(s: int) -> int:
     for index in range(2 * TLB_ENTRIES):
         store_i64(s + S_FETCH_TLBS + index * FETCH_ENTRY, NO_TAG)
     store_i64(s + S_LARGE, 0)
-    return 0
+    return store_i64(s + S_LOCAL_USED, 0)
+
+
+@native
+def flush_local(s: int) -> int:
+    """Drop the translations that hold in one address space only."""
+    used = load_i64(s + S_LOCAL_USED)
+    for table in range(3):
+        if used >> table & 1:
+            for index in range(TLB_ENTRIES):
+                entry = s + S_DATA_TLBS + table * DATA_TLB_BYTES + index * DATA_ENTRY
+                if not load_i64(entry + 24):
+                    store_i64(entry, NO_TAG)
+                    store_i64(entry + 8, NO_TAG)
+    for table in range(2):
+        if used >> (3 + table) & 1:
+            for index in range(TLB_ENTRIES):
+                entry = s + S_FETCH_TLBS + table * FETCH_TLB_BYTES + index * FETCH_ENTRY
+                if not load_i64(entry + 16):
+                    store_i64(entry, NO_TAG)
+    return store_i64(s + S_LOCAL_USED, 0)
 
 
 @native
@@ -301,6 +322,7 @@ def translate(s: int, address: int, access: int) -> int:
     satp = load_i64(s + S_SATP)
     scheme = shift_right_logical(satp, 60)
     store_i64(s + S_LEAF_LEVEL, 0)
+    store_i64(s + S_LEAF_GLOBAL, 0)
     if scheme == 0:
         return address & ((1 << 56) - 1)
     bits = 39 if scheme == 8 else 48
@@ -319,6 +341,8 @@ def translate(s: int, address: int, access: int) -> int:
         if not pte & V or pte & (R | W) == W or pte & PTE_RESERVED:
             break
         table = (pte >> 10 & ((1 << 44) - 1)) << 12
+        if pte & G:
+            store_i64(s + S_LEAF_GLOBAL, 1)  # also in a pointer: all below is global then (4.3.1)
         if pte & (R | X):
             span = (1 << shift) - 1
             if not leaf_allows(s, pte, access) or table & span:
@@ -354,6 +378,10 @@ def fill_data(s: int, address: int, physical: int, writable: int) -> int:
         store_i64(entry, page)
         store_i64(entry + 8, NO_TAG)
         store_i64(entry + 16, host - page)
+        store_i64(entry + 24, load_i64(s + S_LEAF_GLOBAL))
+        if not load_i64(s + S_LEAF_GLOBAL):
+            table = (load_i64(s + S_TLB) - s - S_DATA_TLBS) // DATA_TLB_BYTES
+            store_i64(s + S_LOCAL_USED, load_i64(s + S_LOCAL_USED) | 1 << table)
     if writable and not load_u8(load_i64(machine + M_CODE) + ((physical - load_i64(machine + M_RAM_BASE)) >> 12)):
         store_i64(entry + 8, page)
     if load_i64(s + S_LEAF_LEVEL):
@@ -520,6 +548,9 @@ def fetch_missed(s: int, pc: int) -> int:
     entry = load_i64(s + S_FETCH_TLB) + (shift_right_logical(pc, 12) & (TLB_ENTRIES - 1)) * FETCH_ENTRY
     store_i64(entry, pc & -4096)
     store_i64(entry + 8, shadow)
+    store_i64(entry + 16, load_i64(s + S_LEAF_GLOBAL))
+    if not load_i64(s + S_LEAF_GLOBAL):
+        store_i64(s + S_LOCAL_USED, load_i64(s + S_LOCAL_USED) | 8 << load_i64(s + S_PRIVILEGE))
     if load_i64(s + S_LEAF_LEVEL):
         store_i64(s + S_LARGE, 1)
     return shadow
@@ -552,6 +583,7 @@ CALLED = [
     drop_records,
     fetch_missed,
     fetch_word,
+    flush_local,
     flush_tlb,
     hear_of_code,
     load_missed,

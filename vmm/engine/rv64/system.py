@@ -31,6 +31,7 @@ from vmm.engine.rv64.mmu import (
     fence_instructions,
     fetch_word,
     flush_address,
+    flush_local,
     flush_tlb,
     hear_of_code,
     raise_exception,
@@ -207,13 +208,17 @@ def wait_for_interrupt(s: int, retired: int) -> int:
 
 
 @native
-def fence_translations(s: int, rs1: int, address: int) -> int:
-    """SFENCE.VMA: 0, or 1 with the exception noted. Address space identifiers are not implemented."""
+def fence_translations(s: int, rs1: int, rs2: int, address: int) -> int:
+    """SFENCE.VMA: 0, or 1 with the exception noted. ``rs1`` and ``rs2`` are register numbers (4.2.1)."""
     if not load_i64(s + S_PRIVILEGE):
         return illegal(s)
     if rs1:
-        return flush_address(s, address) * 0
-    return flush_tlb(s) * 0
+        flush_address(s, address)
+    elif rs2:
+        flush_local(s)
+    else:
+        flush_tlb(s)
+    return 0
 
 
 @native
@@ -295,14 +300,20 @@ def write_sstatus(s: int, value: int) -> int:
 
 @native
 def write_satp(s: int, value: int) -> int:
-    """satp: a write with a mode other than Bare, Sv39 or Sv48 has no effect (4.1.11); ASID bits are zero."""
+    """satp: a write with a mode other than Bare, Sv39 or Sv48 has no effect (4.1.11).
+
+    The TLBs hold one address space besides what is global, so that a change of space drops the rest.
+    """
     scheme = shift_right_logical(value, 60)
     if scheme != 0 and scheme != 8 and scheme != 9:
         return 0
-    new = value & ((15 << 60) | ((1 << 44) - 1))
-    if new != load_i64(s + S_SATP):
-        store_i64(s + S_SATP, new)
-        flush_tlb(s)
+    old = load_i64(s + S_SATP)
+    if value != old:
+        store_i64(s + S_SATP, value)
+        if shift_right_logical(old, 60) == scheme:
+            flush_local(s)
+        else:
+            flush_tlb(s)
     store_i64(s + S_SERIALISE, 1)
     return 0
 
