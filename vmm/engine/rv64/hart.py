@@ -122,6 +122,7 @@ class Hart:
 
     def __init__(self, engine: Rv64Engine, number: int, address: int) -> None:
         self.id = number
+        self.memory = engine.memory
         self._engine = engine
         self._address = address
         self._state = Words(address, At.SIZE // 8)
