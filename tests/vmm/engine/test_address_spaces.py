@@ -1,4 +1,4 @@
-"""Address space identifiers and global mappings: what stays and what goes when satp changes or SFENCE.VMA names a space.
+"""Address space identifiers and global mappings: what stays and goes when satp changes or SFENCE.VMA names a space.
 
 Privileged architecture 1.12, 4.1.11 (satp), 4.2.1 (SFENCE.VMA) and 4.3.1 (the G bit). A translation may be forgotten
 early, so that none is tested to be kept, only to be right.
