@@ -115,6 +115,19 @@ def _build(target: Path, progress: ProgressCallback | None) -> None:
         old.unlink(missing_ok=True)
 
 
+def verified(data: bytes) -> bytes:
+    """The content of a file of compiled code.
+
+    Raises:
+        EngineError: it is not one, or damaged. LLVM would end the process over a damaged object.
+    """
+    digest = data[len(MAGIC) : len(MAGIC) + 32]
+    content = data[len(MAGIC) + 32 :]
+    if data[: len(MAGIC)] != MAGIC or hashlib.sha256(content).digest() != digest:
+        raise EngineError(f"the compiled hart of {len(data)} bytes is damaged; it has to be compiled again")
+    return content
+
+
 class Library:
     """The loaded code. ``functions[name](*int) -> int``; those in ``unlocked`` release the GIL while they run."""
 
@@ -123,16 +136,13 @@ class Library:
 
         import llvmlite.binding as llvm
 
-        if data[: len(MAGIC)] != MAGIC:
-            raise EngineError("the compiled hart in the cache is damaged: its first bytes are not a hart object's")
-        size = int.from_bytes(data[len(MAGIC) : len(MAGIC) + 4], "little")
-        start = len(MAGIC) + 4
-        symbols: dict[str, str] = json.loads(data[start : start + size])
+        header, _, code = verified(data).partition(b"\n")
+        symbols: dict[str, str] = json.loads(header)
         machine = target_machine()
         module = llvm.parse_assembly("")
         module.triple = machine.triple
         self._engine = llvm.create_mcjit_compiler(module, machine)
-        self._engine.add_object_file(llvm.object_file.ObjectFileRef.from_data(data[start + size :]))
+        self._engine.add_object_file(llvm.object_file.ObjectFileRef.from_data(code))
         self._engine.finalize_object()
         self._addresses = {name: self._engine.get_function_address(symbol) for name, symbol in symbols.items()}
         self._result = threading.local()
@@ -180,7 +190,14 @@ def load(progress: ProgressCallback | None = None) -> Library:
                 with _exclusive(directory):
                     if not target.exists():
                         _build(target, progress)
-            _loaded = Library(target.read_bytes())
+            try:
+                _loaded = Library(target.read_bytes())
+            except EngineError:
+                with _exclusive(directory):
+                    _build(target, progress)
+                _loaded = Library(target.read_bytes())
         except OSError as error:
-            raise EngineError(f"the compiled hart cannot be kept in {directory}: {error}") from error
+            raise EngineError(
+                f"the compiled hart cannot be kept in {directory}: {error}; let KATA_LAB_HOME name a writable directory"
+            ) from error
         return _loaded
