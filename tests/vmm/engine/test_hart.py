@@ -10,7 +10,7 @@ import pytest
 from vmm.engine.base import ExitReason
 from vmm.engine.rv64.hart import Hart, Rv64Engine
 from vmm.engine.rv64.instructions import BY_NAME
-from vmm.errors import ConfigError
+from vmm.errors import ConfigError, EngineError
 from vmm.memory import GuestMemory
 
 RAM = 0x8000_0000
@@ -270,3 +270,26 @@ def test_a_remote_fence_returns_when_a_running_hart_has_done_it(memory: GuestMem
 def test_an_impossible_engine_is_refused(memory: GuestMemory, arguments: dict[str, object], sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
         Rv64Engine(memory, **arguments)  # type: ignore[arg-type]
+
+
+def test_stepping_after_a_reset_is_still_one_instruction_at_a_time(memory: GuestMemory, hart: Hart) -> None:
+    memory.write(RAM, COUNT_FOREVER)
+    for _ in range(3):
+        hart.reset(RAM)
+        for count in range(1, 20):
+            before = hart.instructions
+            hart.step()
+            assert hart.instructions - before == 1
+            assert hart.x[5] == (count + 2) // 3
+
+
+def test_a_closed_engine_is_an_error_and_not_a_crash(memory: GuestMemory) -> None:
+    engine = Rv64Engine(memory)
+    hart = engine.harts[0]
+    engine.close()
+    engine.close()
+
+    for use in (hart.run, hart.step, lambda: hart.x[1], lambda: hart.reset(RAM), lambda: hart.pc, hart.interrupt):
+        with pytest.raises(EngineError, match="the engine is closed"):
+            use()
+    memory.write(RAM, bytes(8))

@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from types import TracebackType
+from typing import ClassVar
 
 from vmm.engine.base import Exit, ExitReason
 from vmm.engine.rv64 import library
@@ -84,6 +85,19 @@ class Words:
         return (word & MASK64 for word in self._words)
 
 
+class Gone:
+    """What stands for registers and compiled functions once their memory has been given back."""
+
+    def __getitem__(self, index: object) -> int:
+        raise EngineError("the engine is closed; its harts can be looked at and run only before close()")
+
+    def __setitem__(self, index: object, value: object) -> None:
+        self[index]
+
+    def __call__(self, *values: object) -> int:
+        return self[values]
+
+
 class IntegerRegisters(Words):
     """x0..x31; writes to x0 have no effect."""
 
@@ -125,10 +139,10 @@ class Hart:
         self.memory = engine.memory
         self._engine = engine
         self._address = address
-        self._state = Words(address, At.SIZE // 8)
+        self._state: Words | Gone = Words(address, At.SIZE // 8)
         self._wake = threading.Event()
-        self.x = IntegerRegisters(address + At.X, 32)
-        self.f = Words(address + At.F, 32)
+        self.x: Words | Gone = IntegerRegisters(address + At.X, 32)
+        self.f: Words | Gone = Words(address + At.F, 32)
         self.csr = CsrFile(self)
         self._set(At.ID, number)
         self._set(At.MACHINE, engine.machine_address)
@@ -181,8 +195,9 @@ class Hart:
         for index in range(32):
             self._set(At.F + 8 * index, 0)
         for offset in range(At.STATUS, At.LAST_TRAP, 8):
-            if offset != At.SIP:
+            if offset not in (At.SIP, At.SCRATCH_USED):  # a record in the scratch page must still be found and dropped
                 self._set(offset, 0)
+        self._set(At.STRADDLES, 0)
         self._set(At.STIMECMP, MASK64)
         self._set(At.LAST_TRAP, 1)
         self._set(At.SCOUNTEREN, 7)
@@ -342,6 +357,10 @@ class Hart:
         self._set(At.FAULT, 0)
         return old
 
+    def forget(self) -> None:
+        """Let go of the memory that holds this hart's state: from here on every use is an error."""
+        self._state = self.x = self.f = Gone()
+
     def flush_translations(self) -> None:
         """Drop all cached translations."""
         self._engine.call_flush_tlb(self._address)
@@ -383,6 +402,7 @@ class Rv64Engine:
         self._fence_lock = threading.Lock()
         self._bind(library.load())
         self._mappings: list[Zeroed] = []
+        self.harts: tuple[Hart, ...] = ()
         try:
             self._map(harts)
         except OSError as error:
@@ -396,16 +416,32 @@ class Rv64Engine:
         """Compile the hart if no compiled one is in the cache, and load it."""
         library.load(progress)
 
+    #: Entry points that harts call, and their numbers of arguments.
+    CALLS: ClassVar[dict[str, int]] = {
+        "call_run": 1,
+        "call_post": 4,
+        "call_translate": 3,
+        "call_flush_tlb": 1,
+        "call_select_tlbs": 1,
+        "call_read_csr": 3,
+        "call_write_csr": 4,
+        "call_update_timer": 2,
+        "call_overwrite_range": 3,
+    }
+    call_run: Callable[..., int]
+    call_post: Callable[..., int]
+    call_translate: Callable[..., int]
+    call_flush_tlb: Callable[..., int]
+    call_select_tlbs: Callable[..., int]
+    call_read_csr: Callable[..., int]
+    call_write_csr: Callable[..., int]
+    call_update_timer: Callable[..., int]
+    call_overwrite_range: Callable[..., int]
+
     def _bind(self, code: library.Library) -> None:
-        self.call_run: Callable[..., int] = code.bind("run", 1, releases_gil=True)
-        self.call_post = code.bind("post", 4)
-        self.call_translate = code.bind("translate", 3)
-        self.call_flush_tlb = code.bind("flush_tlb", 1)
-        self.call_select_tlbs = code.bind("select_tlbs", 1)
-        self.call_read_csr = code.bind("read_csr", 3)
-        self.call_write_csr = code.bind("write_csr", 4)
-        self.call_update_timer = code.bind("update_timer", 2)
-        self._overwrite_range = code.bind("overwrite_range", 3)
+        for name, arguments in self.CALLS.items():
+            entry = name.removeprefix("call_")
+            setattr(self, name, code.bind(entry, arguments, releases_gil=entry == "run"))
 
     def _map(self, harts: int) -> None:
         pages = self.memory.size // PAGE_SIZE
@@ -414,7 +450,7 @@ class Rv64Engine:
         machine, states, shadow, code = (mapping.address for mapping in self._mappings)
         self.machine_address = machine
         self._states = states
-        self._machine = Words(machine, Machine.SIZE // 8)
+        self._machine: Words | Gone = Words(machine, Machine.SIZE // 8)
         for offset, value in (
             (Machine.RAM_BASE, self.memory.base),
             (Machine.RAM_SIZE, self.memory.size),
@@ -430,7 +466,7 @@ class Rv64Engine:
             self._machine[offset // 8] = value
 
     def _memory_written(self, address: int, length: int) -> None:
-        self._overwrite_range(self.machine_address, address, length)
+        self.call_overwrite_range(self.machine_address, address, length)
 
     def nanoseconds(self, hart: Hart | None = None) -> int:
         """Guest time."""
@@ -478,12 +514,19 @@ class Rv64Engine:
 
     def close(self) -> None:
         """Give the harts' memory back. No hart may be running."""
-        if self._mappings:
-            if self._overwrite_range is not None and hasattr(self, "harts"):
-                self.memory.unsubscribe(self._memory_written)
-            for mapping in self._mappings:
-                mapping.close()
-            self._mappings = []
+        if not self._mappings:
+            return
+        if self.harts:
+            self.memory.unsubscribe(self._memory_written)
+        for hart in self.harts:
+            hart.forget()
+        gone = Gone()
+        self._machine = gone
+        for name in self.CALLS:
+            setattr(self, name, gone)
+        for mapping in self._mappings:
+            mapping.close()
+        self._mappings = []
 
     def __enter__(self) -> Rv64Engine:
         return self
