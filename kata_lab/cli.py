@@ -159,7 +159,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     with EndingSignals():
         try:
-            return command(options)
+            status = command(options)
+            if sys.stdout is not None:
+                sys.stdout.flush()
+            return status
         except Ended as signal:
             return signal.status
         except BrokenPipeError:
@@ -186,4 +189,6 @@ def _drop_output() -> None:
     """Nobody reads standard output any more: the interpreter must not try to flush it at its end."""
     import os
 
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)

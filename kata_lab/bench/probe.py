@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -19,7 +20,7 @@ def main(arguments: Sequence[str]) -> None:
     import vmm
 
     with vmm.MicroVm(
-        vmm.VmConfig(kernel=kernel, initrd=initrd, cmdline=cmdline, memory_mib=int(memory_mib))  # type: ignore[arg-type]
+        vmm.VmConfig(kernel=Path(kernel), initrd=Path(initrd), cmdline=cmdline, memory_mib=int(memory_mib))
     ) as vm:
         vm.start()
         started = time.monotonic()

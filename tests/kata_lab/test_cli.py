@@ -88,6 +88,15 @@ def test_a_benchmark_without_its_peer_says_what_to_install(
     assert len(told.splitlines()) == 1
 
 
+def test_a_reader_of_the_doctor_may_leave_early() -> None:
+    line = f"{sys.executable} -m kata_lab doctor | true; echo ${{PIPESTATUS[0]}}"
+
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, env=environment(), check=False)
+
+    assert done.stderr == ""
+    assert done.stdout.strip() in ("0", "141")
+
+
 def test_a_mirror_that_is_no_uri_is_refused_in_one_sentence(tmp_path: object) -> None:
     done = kata_lab("boot", "--mirror", "nowhere", changes={"KATA_LAB_HOME": str(tmp_path)})
 

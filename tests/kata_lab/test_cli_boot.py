@@ -9,6 +9,7 @@ import pty
 import random
 import re
 import select
+import shutil
 import signal
 import subprocess
 import termios
@@ -115,13 +116,22 @@ def test_a_signal_ends_it_and_leaves_nothing(number: int, status: int, tmp_path:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_signal_before_the_guest_prints_ends_it_too() -> None:
-    with Started(["boot"]) as running:
-        time.sleep(0.5)
+def test_a_signal_while_the_cpu_is_compiled_ends_it_and_leaves_nothing_half_done(
+    tmp_path: Path, boot_guest: BootGuest
+) -> None:
+    built = boot_guest.kernel.parent
+    shutil.copytree(built, tmp_path / "cache/boot" / built.name)
+    code = tmp_path / "cache/code"
+    with Started(["boot"], {"KATA_LAB_HOME": str(tmp_path)}) as running:
+        deadline = time.monotonic() + SECONDS
+        while not code.exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(1.0)
         running.signal(signal.SIGTERM)
 
-        assert running.status() in (143, -signal.SIGTERM)
+        assert running.status() == 143
         assert running.errors() == ""
+    assert [file.name for file in code.iterdir()] == ["build.lock"]
 
 
 def test_a_reader_that_goes_away_ends_it() -> None:
