@@ -54,7 +54,8 @@ class EndKind(enum.Enum):
     SHUTDOWN = "shutdown"  #: the guest powered itself off (SBI SRST type 0)
     FAILURE = "failure"  #: the guest powered itself off and gave "system failure" as its reason (SRST reason 1)
     REBOOT = "reboot"  #: the guest asked for a reboot (SRST type 1 or 2), which ends a micro-VM
-    PANIC = "panic"  #: the guest reset itself after a kernel panic on its console
+    PANIC = "panic"  #: the guest reset itself, or hangs, after a kernel panic on its console
+    HANG = "hang"  #: the last hart jumps to itself with interrupts off: nothing can happen any more
     CRASH = "crash"  #: the VM could not go on: an engine or device fault, or no hart left to run
     HOST = "host"  #: the host shut the VM down
 
@@ -62,7 +63,7 @@ class EndKind(enum.Enum):
         return self.value
 
 
-_EXIT_STATUS = {EndKind.FAILURE: 1, EndKind.PANIC: 2, EndKind.CRASH: 3}
+_EXIT_STATUS = {EndKind.FAILURE: 1, EndKind.PANIC: 2, EndKind.HANG: 3, EndKind.CRASH: 3}
 
 
 @dataclass(frozen=True, slots=True)

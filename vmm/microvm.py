@@ -61,14 +61,22 @@ class FirmwareConsole:
 
     _DIVISOR_LATCH = 0x80
     _DATA_READY = 0x01
+    _END_OF_PANIC = b"---[ end Kernel panic"
 
-    def __init__(self, board: RiscvVirtBoard) -> None:
+    def __init__(self, board: RiscvVirtBoard, panicked: Callable[[], None]) -> None:
         self._console = board.console
         self._uart = board.uart
+        self._panicked = panicked
 
     def write(self, data: bytes) -> None:
-        """Print ``data``."""
+        """Print ``data``.
+
+        Linux prints here (``earlycon=sbi``) before it has a console of its own. A panic at that time ends in a loop
+        with interrupts off: ``panic=`` is not read yet, and SRST is not found yet.
+        """
         self._console.feed(data)
+        if self._END_OF_PANIC in data:
+            self._panicked()
 
     def read(self, limit: int) -> bytes:
         """At most ``limit`` bytes that were typed and not read yet; none while the guest sets the divisor."""
@@ -122,7 +130,8 @@ class Machine:
                 lambda initrd: self.board.build_fdt(Chosen(config.cmdline, initrd, seed)),
             )
             self.states = HartStates(config.vcpus, wake=lambda hart: self.vcpus[hart].kick())
-            sbi = Sbi(self.engine, self.states, self.memory, FirmwareConsole(self.board), self._reset)
+            firmware = FirmwareConsole(self.board, self._early_panic)
+            sbi = Sbi(self.engine, self.states, self.memory, firmware, self._reset)
             self.vcpus = tuple(
                 Vcpu(hart, self.board.bus, sbi, self.states, trace, changed=changed, ended=ended)
                 for hart in self.engine.harts
@@ -146,6 +155,9 @@ class Machine:
             case _:
                 kind, detail = EndKind.REBOOT, "the guest asked for a reboot"
         self.vcpus[hart].end(MachineEnd(kind, int(reset_type), int(reason), detail))
+
+    def _early_panic(self) -> None:
+        self.vcpus[0].end(MachineEnd(EndKind.HANG, detail="the guest's kernel panicked before it could reset"))
 
     def report(self, reason: str, hart: int | None, console: tuple[str, ...], trace: str = "") -> CrashReport:
         """Read every hart; all of them must be out of guest code."""
@@ -577,11 +589,11 @@ class MicroVm:
                 vcpu.join()
             self._stopped_at = time.monotonic()
             panic = find_panic(self._console.lines(PANIC_SEARCH_LINES))
-            if end.kind is EndKind.REBOOT and panic is not None:
+            if end.kind in (EndKind.REBOOT, EndKind.HANG) and panic is not None:
                 end = MachineEnd(
                     EndKind.PANIC, end.reset_type, end.reset_reason, f"the guest's kernel panicked: {panic}"
                 )
-            if end.kind in (EndKind.PANIC, EndKind.CRASH, EndKind.FAILURE):
+            if end.kind in (EndKind.PANIC, EndKind.HANG, EndKind.CRASH, EndKind.FAILURE):
                 self._report = self._machine.report(end.detail, hart, self._last_lines(), trace)
         self._state = VmState.STOPPED
         self._console.close(end.detail)

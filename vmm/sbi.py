@@ -154,6 +154,11 @@ class HartStates:
         with self._lock:
             return all(state is HartState.STOPPED for state in self._states)
 
+    def alone(self, hart: int) -> bool:
+        """Whether all other harts are stopped."""
+        with self._lock:
+            return all(state is HartState.STOPPED for other, state in enumerate(self._states) if other != hart)
+
     def start(self, hart: int, entry: Entry) -> SbiError:
         """STOPPED → START_PENDING."""
         with self._lock:

@@ -36,6 +36,7 @@ KINDS: dict[ExitReason, str] = {reason: reason.name.lower().replace("_", " ") fo
 """What the trace and the metrics call each exit reason."""
 
 REMEMBERED_FAULTS = 8
+ENDLESS_PAUSE = 0.01  #: seconds that a hart rests which only another hart's change of its code could release
 
 
 class VcpuState(enum.Enum):
@@ -75,6 +76,7 @@ class Vcpu:
         ended: Callable[[int, MachineEnd, str], None],
     ) -> None:
         self.hart = hart
+        hart.watch()
         self.bus_faults: deque[str] = deque(maxlen=REMEMBERED_FAULTS)
         self._bus = bus
         self._sbi = sbi
@@ -283,9 +285,21 @@ class Vcpu:
                     f"hart {self.hart.id} finds no code at its trap vector {self.hart.pc:#x} and would trap for ever"
                 )
                 self.end(MachineEnd(EndKind.CRASH, detail=detail))
+            case ExitReason.ENDLESS:
+                self._endless()
             case ExitReason.INTERNAL_ERROR:
                 detail = f"the engine of hart {self.hart.id} reached an impossible state at pc {self.hart.pc:#x}"
                 self.end(MachineEnd(EndKind.CRASH, detail=detail))
+
+    def _endless(self) -> None:
+        """A kernel that gave up: nothing can happen any more, unless another hart changes the code."""
+        if self._states.alone(self.hart.id):
+            detail = (
+                f"hart {self.hart.id} jumps to itself at {self.hart.pc:#x} with interrupts off, and no other hart runs"
+            )
+            self.end(MachineEnd(EndKind.HANG, detail=detail))
+        else:
+            self.hart.wait(ENDLESS_PAUSE)
 
     def _bus_fault(self, error: BusError) -> None:
         self.bus_faults.append(f"hart {self.hart.id} at pc {self.hart.pc:#x}: {error}")

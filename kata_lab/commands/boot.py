@@ -5,7 +5,7 @@ Exit status, like ssh's that of what ran at the other end: the status which the 
 
 ======  ==============================================================
 121     the guest shut down and gave a system failure as its reason
-122     the machine could not go on: an engine or device fault
+122     the machine could not go on: an engine or device fault, or a hart that waits for nothing
 123     the guest's kernel panicked
 124     the time given with ``--timeout`` passed
 ======  ==============================================================
@@ -36,7 +36,7 @@ MILESTONES = {USERLAND: re.escape(USERLAND_MARKER)}
 FLOW_CONTROL = "115200n8r"
 """Option of the kernel's serial console (Documentation/admin-guide/serial-console.rst): RTS tells when to type."""
 
-STATUS_OF_END = {EndKind.FAILURE: 121, EndKind.CRASH: 122, EndKind.PANIC: 123}
+STATUS_OF_END = {EndKind.FAILURE: 121, EndKind.HANG: 122, EndKind.CRASH: 122, EndKind.PANIC: 123}
 TIMED_OUT = 124
 
 

@@ -46,10 +46,13 @@ UNNEEDED_INITCALLS = (
     "slab_sysfs_init",  # /sys/kernel/slab
     "check_unaligned_access_all_cpus",  # measures the speed of misaligned access
 )
-APPEND = f"console=ttyS0 quiet panic=-1 cryptomgr.notests=1 initcall_blacklist={','.join(UNNEEDED_INITCALLS)}"
+APPEND = (
+    f"console=ttyS0 quiet earlycon=sbi panic=-1 cryptomgr.notests=1 initcall_blacklist={','.join(UNNEEDED_INITCALLS)}"
+)
 """The kernel command line: no messages below warnings, a panic resets, and nothing that a sandbox never needs.
 
-``cryptomgr.notests`` leaves out the self-tests of every cipher.
+With ``earlycon=sbi`` a panic before there is a console is seen. ``cryptomgr.notests`` leaves out the self-tests of
+every cipher.
 """
 
 _KERNEL_PACKAGE = "linux-image-riscv64"

@@ -22,6 +22,7 @@ class ExitReason(enum.IntEnum):
     SHUTDOWN = 7  #: the guest ended itself
     INTERNAL_ERROR = 8  #: a state that the engine must never reach
     STUCK = 9  #: the trap vector cannot be fetched, so that every fault leads to the next
+    ENDLESS = 10  #: a jump to itself with interrupts off, which only another hart can end
 
 
 @dataclass(frozen=True, slots=True)

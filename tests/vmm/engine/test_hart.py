@@ -293,3 +293,28 @@ def test_a_closed_engine_is_an_error_and_not_a_crash(memory: GuestMemory) -> Non
         with pytest.raises(EngineError, match="the engine is closed"):
             use()
     memory.write(RAM, bytes(8))
+
+
+@pytest.mark.parametrize("jump", [word("jal", rd=0, imm=0), word("c.j", imm=0)])
+@pytest.mark.parametrize("clock", ["real", "deterministic"])
+def test_a_watched_hart_that_jumps_to_itself_with_interrupts_off_comes_back(
+    memory: GuestMemory, jump: bytes, clock: str
+) -> None:
+    memory.write(RAM, jump)
+    with Rv64Engine(memory, clock=clock) as engine:
+        hart = engine.harts[0]
+        hart.reset(RAM)
+        hart.watch()
+
+        assert hart.run().reason is ExitReason.ENDLESS
+        assert hart.pc == RAM
+
+
+def test_a_jump_to_itself_that_an_interrupt_can_end_is_not_endless(memory: GuestMemory, hart: Hart) -> None:
+    memory.write(RAM, word("jal", rd=0, imm=0))
+    memory.write(RAM + 0x100, word("ecall"))
+    hart.watch()
+    hart.csr["stvec"], hart.csr["sie"], hart.csr["sstatus"] = RAM + 0x100, 1 << 5, 1 << 1
+    hart.set_timer(1_000_000)
+
+    assert hart.run().reason is ExitReason.SBI_CALL

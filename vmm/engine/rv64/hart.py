@@ -187,6 +187,10 @@ class Hart:
         """Traps taken: exceptions and interrupts."""
         return self._get(At.TRAPS)
 
+    def watch(self) -> None:
+        """From now on, leave guest code with ENDLESS when it jumps to itself with interrupts off."""
+        self._set(At.WATCHED, 1)
+
     def reset(self, pc: int, a0: int = 0, a1: int = 0) -> None:
         """The state in which SBI starts a hart: S-mode, translation and interrupts off, hart number and argument in a0
         and a1 (SBI specification 2.0, 9.1). Other registers are zero."""
@@ -195,7 +199,11 @@ class Hart:
         for index in range(32):
             self._set(At.F + 8 * index, 0)
         for offset in range(At.STATUS, At.LAST_TRAP, 8):
-            if offset not in (At.SIP, At.SCRATCH_USED):  # a record in the scratch page must still be found and dropped
+            if offset not in (
+                At.SIP,
+                At.WATCHED,
+                At.SCRATCH_USED,
+            ):  # a record in the scratch page must still be found and dropped
                 self._set(offset, 0)
         self._set(At.STRADDLES, 0)
         self._set(At.STIMECMP, MASK64)

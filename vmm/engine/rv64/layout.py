@@ -56,6 +56,7 @@ SSTATUS_UXL_64 = 2 << 32
 
 CLOCK_REAL, CLOCK_DETERMINISTIC = 0, 1
 POLL_INSTRUCTIONS = 1 << 15  #: at the most so many instructions between two looks at the real clock
+WATCH_INSTRUCTIONS = 1 << 24  #: and so many between two looks around with the deterministic one
 RECENT_PAGES = 4096  #: how many new code pages are remembered for harts that have not heard of them
 
 
@@ -119,6 +120,7 @@ class Hart:
     PENDING = _field()  #: PENDING_*
     STEPPING = _field()  #: 1: one instruction at a time, through the scratch page
     SCRATCH_USED = _field()  #: address of the record in use in the scratch page, or 0
+    WATCHED = _field()  #: 1: leave guest code when it is an endless loop
     LAST_TRAP = _field()  #: pc of the last fetch that trapped to itself, to tell a dead trap vector
     # Where the executor is
     PAGE = _field()  #: shadow page in execution

@@ -7,8 +7,10 @@ ecall from S leaves guest code, since the VMM is the SBI implementation.
 from __future__ import annotations
 
 from vmm.engine.base import ExitReason
+from vmm.engine.rv64.instructions import BY_NAME
 from vmm.engine.rv64.layout import (
     CLOCK_DETERMINISTIC,
+    FETCH_ENTRY,
     NO_RESERVATION,
     PENDING_NONE,
     POLL_INSTRUCTIONS,
@@ -24,6 +26,8 @@ from vmm.engine.rv64.layout import (
     SSTATUS_SUM,
     SSTATUS_UXL_64,
     STIP,
+    TLB_ENTRIES,
+    WATCH_INSTRUCTIONS,
     Hart,
     Machine,
 )
@@ -78,7 +82,7 @@ S_STVEC, S_SCOUNTEREN, S_SENVCFG, S_SSCRATCH = Hart.STVEC, Hart.SCOUNTEREN, Hart
 S_SEPC, S_SCAUSE, S_STVAL, S_STIMECMP, S_SATP = Hart.SEPC, Hart.SCAUSE, Hart.STVAL, Hart.STIMECMP, Hart.SATP
 S_FAULT, S_CAUSE, S_TVAL, S_SERIALISE = Hart.FAULT, Hart.CAUSE, Hart.TVAL, Hart.SERIALISE
 S_EXIT, S_EXIT_VALUE, S_PENDING, S_LIMIT = Hart.EXIT, Hart.EXIT_VALUE, Hart.PENDING, Hart.LIMIT
-S_RETIRED = Hart.RETIRED
+S_RETIRED, S_WATCHED, S_FETCH_TLB = Hart.RETIRED, Hart.WATCHED, Hart.FETCH_TLB
 S_BUDGET_END, S_REQUESTS, S_LAST_TRAP = Hart.BUDGET_END, Hart.REQUESTS, Hart.LAST_TRAP
 S_FLUSHES_ASKED, S_FLUSHES_DONE = Hart.FLUSHES_ASKED, Hart.FLUSHES_DONE
 S_RESERVATION, S_CODE_SEEN, S_TRAPS = Hart.RESERVATION, Hart.CODE_SEEN, Hart.TRAPS
@@ -89,7 +93,8 @@ EXIT_SBI, EXIT_HALTED, EXIT_INTERRUPTED = (
     int(ExitReason.HALTED),
     int(ExitReason.INTERRUPTED),
 )
-EXIT_BUDGET, EXIT_STUCK = int(ExitReason.BUDGET), int(ExitReason.STUCK)
+EXIT_BUDGET, EXIT_STUCK, EXIT_ENDLESS = int(ExitReason.BUDGET), int(ExitReason.STUCK), int(ExitReason.ENDLESS)
+JAL, C_J = BY_NAME["jal"].operation, BY_NAME["c.j"].operation
 
 INTERRUPT = -1 << 63
 STATUS_WRITABLE = SSTATUS_SIE | SSTATUS_SPIE | SSTATUS_SPP | SSTATUS_SUM | SSTATUS_MXR
@@ -424,6 +429,8 @@ def update_limit(s: int, retired: int) -> int:
             due = stimecmp * load_i64(machine + M_TICK) + load_i64(machine + M_ORIGIN)
             if due < limit:
                 limit = due
+        if retired + WATCH_INSTRUCTIONS < limit:
+            limit = retired + WATCH_INSTRUCTIONS
     elif retired + POLL_INSTRUCTIONS < limit:
         limit = retired + POLL_INSTRUCTIONS
     publish_i64(s + S_LIMIT, limit)
@@ -436,6 +443,19 @@ def update_limit(s: int, retired: int) -> int:
     ):
         publish_i64(s + S_LIMIT, 0)
     return 0
+
+
+@native
+def is_endless(s: int, pc: int) -> int:
+    """Whether the instruction at ``pc`` is a jump to itself that no interrupt can end."""
+    if not load_i64(s + S_WATCHED) or not load_i64(s + S_PRIVILEGE) or load_i64(s + S_STATUS) & SSTATUS_SIE:
+        return 0
+    entry = load_i64(s + S_FETCH_TLB) + (pc >> 12 & (TLB_ENTRIES - 1)) * FETCH_ENTRY
+    if load_i64(entry) != pc & -4096:
+        return 0
+    record = load_i64(load_i64(entry + 8) + ((pc & 4095) << 2))
+    operation = record & 255
+    return 1 if operation in (JAL, C_J) and record >> 32 == 0 else 0
 
 
 @native
@@ -465,6 +485,8 @@ def look_around(s: int, pc: int, retired: int) -> int:
         store_i64(s + S_EXIT, EXIT_INTERRUPTED)
     elif retired >= load_i64(s + S_BUDGET_END):
         store_i64(s + S_EXIT, EXIT_BUDGET)
+    elif is_endless(s, pc):
+        store_i64(s + S_EXIT, EXIT_ENDLESS)
     update_limit(s, retired)
     return pc
 
