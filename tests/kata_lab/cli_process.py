@@ -15,7 +15,7 @@ SECONDS = 120.0
 
 
 def environment(**changes: str) -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(REPOSITORY), **changes}
+    return {**os.environ, "PYTHONPATH": str(REPOSITORY), "KATA_LAB_PROGRESS": "auto", **changes}
 
 
 def kata_lab(
