@@ -83,7 +83,13 @@ class Program:
         return self.ecall(SRST, 0, kind, reason)
 
     def forever(self) -> Program:
+        """Count in t6 without end."""
         name = f"forever {len(self._words)}"
+        return self.label(name).put("addi", rd="t6", rs1="t6", imm=1).put("jal", rd="zero", imm=name)
+
+    def hang(self) -> Program:
+        """Jump to itself, with interrupts off: what a kernel does that gave up."""
+        name = f"hang {len(self._words)}"
         return self.label(name).put("jal", rd="zero", imm=name)
 
     def image(self) -> bytes:

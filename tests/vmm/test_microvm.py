@@ -26,7 +26,7 @@ from vmm import (
     VmState,
     VmTimeout,
 )
-from vmm.sbi import DBCN, HSM, IPI, RFENCE, TIME, SbiError
+from vmm.sbi import BASE, DBCN, HSM, IPI, RFENCE, TIME, SbiError
 from vmm.trace import FIRST_CONSOLE_BYTE, FIRST_INSTRUCTION
 
 ALL = (1 << 64) - 1
@@ -187,7 +187,7 @@ def test_a_paused_vm_can_be_shut_down(make_vm: MakeVm) -> None:
     assert vm.shutdown(30).kind is EndKind.HOST
 
 
-def test_an_endless_loop_is_waited_for_in_vain_and_reported(make_vm: MakeVm) -> None:
+def test_a_loop_is_waited_for_in_vain_and_reported(make_vm: MakeVm) -> None:
     vm = make_vm(Program().forever())
     vm.start()
 
@@ -197,16 +197,36 @@ def test_an_endless_loop_is_waited_for_in_vain_and_reported(make_vm: MakeVm) -> 
 
     (hart,) = report.harts
     assert hart.state == "started"
-    assert "endless loop" in hart.hint
-    assert any(line.address == hart.pc and line.text.startswith("jal zero") for line in hart.code)
+    assert any(line.address == hart.pc for line in hart.code)
+    assert any(line.text.startswith("jal zero") for line in hart.code)
     assert vm.state is VmState.RUNNING
+
+
+@pytest.mark.parametrize("clock", ["real", "deterministic"])
+def test_a_jump_to_itself_with_interrupts_off_ends_the_vm_with_a_report(make_vm: MakeVm, clock: str) -> None:
+    vm = make_vm(Program().hang(), clock=clock)
+    vm.start()
+
+    end = vm.wait(30)
+
+    assert (end.kind, end.status) == (EndKind.HANG, 3)
+    assert "jumps to itself at 0x" in end.detail
+    assert "endless loop" in vm.report().harts[0].hint
+
+
+def test_a_hart_that_hangs_does_not_end_the_vm_while_another_runs(make_vm: MakeVm) -> None:
+    program = Program().start_hart(1, "hangs").load_immediate("s0", 300)
+    program.label("works").ecall(BASE, 0).put("addi", rd="s0", rs1="s0", imm=-1)
+    program.put("bne", rs1="s0", rs2="zero", imm="works").print("done").reset()
+    program.label("hangs").hang()
+
+    assert ended(make_vm(program, vcpus=2)) == "done"
 
 
 def test_a_report_names_registers_and_code(make_vm: MakeVm) -> None:
     vm = make_vm(Program().load_immediate("s3", 0x1234_5678_9ABC_DEF0).print("x\n").forever())
     vm.start()
     vm.console.expect("x\n", timeout=30)
-    assert wait_until(lambda: vm.report().harts[0].hint != "")
 
     report = vm.report()
 

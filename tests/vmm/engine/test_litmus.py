@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from vmm.engine.rv64.hart import Rv64Engine
 
 from tests.referee import assembly as asm
 from tests.referee.assembly import A0, A1, A7, RA, S0, S1, S2, S3, S4, S5, S6, T2, T3, T4, T5, ZERO, Assembler
@@ -17,6 +16,7 @@ from tests.referee.case import CSR
 from tests.referee.effort import SCALE
 from tests.referee.litmus import MEMORY_BASE, RESULTS, Program, location, meet, repeat, run_program
 from tests.referee.paging import A, Arena, D, PageTables, R, V, W, X, leaf
+from vmm.engine.rv64.hart import Rv64Engine
 
 READS, WRITES = 2, 1
 BOTH = READS | WRITES
