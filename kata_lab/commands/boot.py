@@ -33,9 +33,6 @@ from vmm.microvm import MicroVm
 USERLAND = "userland"
 MILESTONES = {USERLAND: re.escape(USERLAND_MARKER)}
 
-FLOW_CONTROL = "115200n8r"
-"""Option of the kernel's serial console (Documentation/admin-guide/serial-console.rst): RTS tells when to type."""
-
 STATUS_OF_END = {EndKind.FAILURE: 121, EndKind.HANG: 122, EndKind.CRASH: 122, EndKind.PANIC: 123}
 TIMED_OUT = 124
 
@@ -93,7 +90,7 @@ def _file(what: str, name: str | None) -> Path | None:
 def _command_line(options: BootOptions) -> str:
     line = options.cmdline
     if line is None:
-        line = APPEND.replace("console=ttyS0 ", f"console=ttyS0,{FLOW_CONTROL} ")
+        line = APPEND
     if options.append:
         line = f"{line} {options.append}".strip()
     if options.command is None:

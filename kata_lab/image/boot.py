@@ -46,14 +46,17 @@ UNNEEDED_INITCALLS = (
     "slab_sysfs_init",  # /sys/kernel/slab
     "check_unaligned_access_all_cpus",  # measures the speed of misaligned access
 )
-APPEND = (
-    f"console=ttyS0 quiet earlycon=sbi panic=-1 cryptomgr.notests=1 initcall_blacklist={','.join(UNNEEDED_INITCALLS)}"
+APPEND = " ".join(
+    [
+        "console=ttyS0,115200n8r",  # with hardware flow control, so that no byte of a long paste is lost
+        "quiet",  # no messages below warnings; before earlycon, which prints from here on
+        "earlycon=sbi",  # a panic before there is a console is seen
+        "panic=-1",  # a panic resets
+        "cryptomgr.notests=1",  # no self-tests of every cipher
+        f"initcall_blacklist={','.join(UNNEEDED_INITCALLS)}",
+    ]
 )
-"""The kernel command line: no messages below warnings, a panic resets, and nothing that a sandbox never needs.
-
-With ``earlycon=sbi`` a panic before there is a console is seen. ``cryptomgr.notests`` leaves out the self-tests of
-every cipher.
-"""
+"""The kernel command line: nothing that a sandbox never needs."""
 
 _KERNEL_PACKAGE = "linux-image-riscv64"
 _BUSYBOX_PACKAGE = "busybox-static"

@@ -111,7 +111,8 @@ def _build(target: Path, progress: ProgressCallback | None) -> None:
             f"compiling the hart failed (status {process.returncode}); the compiler said: {errors[0].strip()[-2000:]}"
         )
     kept = sorted(target.parent.glob("hart-*.o"), key=lambda path: path.stat().st_mtime, reverse=True)
-    for old in kept[_KEPT_OBJECTS:]:
+    # Under the lock nobody else writes: a part that is here was left by a build that was killed.
+    for old in [*kept[_KEPT_OBJECTS:], *target.parent.glob("hart-*.part")]:
         old.unlink(missing_ok=True)
 
 
