@@ -121,3 +121,34 @@ def test_translation_off_and_on_again_forgets_nothing_wrongly(hart: Hart) -> Non
     assert look(hart) == (101, 100)
     assert hart.translate(OWN) == FRAMES[1]
     assert hart.translate(0x5000) is None
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_a_changed_superpage_is_seen_everywhere_after_a_fence_of_one_address_in_it(hart: Hart, level: int) -> None:
+    """Two 4 KiB parts of one superpage are in use; a fence of one address is a fence of the page."""
+    memory, span = hart.memory, 1 << 12 + 9 * level
+    entry = TABLES[0] + 8 * 3 if level == 1 else ROOTS[0] + 8 * 5
+    base = 3 * span if level == 1 else 5 * span
+    first, second = base + 0x1008, base + 0x5008
+    old, new = (RAM, RAM + (2 << 20)) if level == 1 else (RAM, 0)
+    memory.write_int(entry, 8, leaf(old, R | W))
+    memory.write_int(RAM + 0x1008, 8, 11)
+    memory.write_int(RAM + 0x5008, 8, 12)
+    memory.write_int(RAM + (2 << 20) + 0x1008, 8, 21)
+    memory.write_int(RAM + (2 << 20) + 0x5008, 8, 22)
+    memory.write(RAM + 0x100, word("sfence.vma", rs1=10) + word("ecall"))
+    memory.write(RAM + 0x200, word("ecall"))
+    hart.csr["satp"], hart.csr["stvec"] = satp(0, 7), RAM + 0x200
+
+    def load(address: int) -> int | None:
+        hart.pc, hart.x[10], hart.x[11], hart.x[5] = RAM, address, SHARED, 0
+        assert hart.run().reason in (ExitReason.SBI_CALL, ExitReason.MMIO_READ)
+        return hart.x[5]
+
+    assert (load(first), load(second)) == (11, 12)
+    memory.write_int(entry, 8, leaf(new, R | W))
+    hart.pc, hart.x[10] = RAM + 0x100, first
+    assert hart.run().reason is ExitReason.SBI_CALL
+
+    # The 1 GiB page now maps what is no memory: the load asks the VMM.
+    assert (load(first), load(second)) == ((21, 22) if level == 1 else (0, 0))

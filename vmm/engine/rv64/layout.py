@@ -33,6 +33,7 @@ UNDECODED, ILLEGAL, FIRST_OPERATION, STOP_OPERATION = 0, 1, 2, 255
 TLB_ENTRIES = 256
 DATA_ENTRY = 32  #: bytes: load tag, store tag, addend, 1 if the mapping is global
 FETCH_ENTRY = 32  #: bytes: tag, address of the shadow page, 1 if the mapping is global, unused
+LARGE_WORDS = 64
 NO_TAG = -1
 NO_RESERVATION = 1  #: no LR reserves an odd address
 
@@ -135,7 +136,8 @@ class Hart:
     LEAF_LEVEL = _field()  #: level of the last leaf found: 0 is 4 KiB
     LEAF_GLOBAL = _field()  #: 1: the last leaf found maps its address in every address space
     LOCAL_USED = _field()  #: a bit for each TLB that has got an entry which is not global
-    LARGE = _field()  #: 1: some TLB entry came out of a superpage
+    HUGE = _field()  #: 1: some TLB entry came out of a page of 1 GiB or more
+    LARGE = _field(LARGE_WORDS)  #: a bit for what 2 MiB pages TLB entries came out of, by large_bit()
     CODE_SEEN = _field()  #: Machine.CODE_EPOCH that this hart has acted on
     FLUSHES_ASKED = _field()
     FLUSHES_DONE = _field()

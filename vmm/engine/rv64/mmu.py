@@ -18,6 +18,7 @@ from vmm.engine.rv64.layout import (
     ACCESS_STORE,
     DATA_ENTRY,
     FETCH_ENTRY,
+    LARGE_WORDS,
     MODE_S,
     MODE_S_SUM,
     MODE_U,
@@ -54,7 +55,8 @@ from vmm.engine.rv64.native import (
 
 # numba reads globals, not class attributes of other modules' classes
 S_FAULT, S_CAUSE, S_TVAL, S_STATUS, S_SATP = Hart.FAULT, Hart.CAUSE, Hart.TVAL, Hart.STATUS, Hart.SATP
-S_PRIVILEGE, S_MACHINE, S_LEAF_LEVEL, S_LARGE = Hart.PRIVILEGE, Hart.MACHINE, Hart.LEAF_LEVEL, Hart.LARGE
+S_PRIVILEGE, S_MACHINE, S_LEAF_LEVEL = Hart.PRIVILEGE, Hart.MACHINE, Hart.LEAF_LEVEL
+S_HUGE, S_LARGE = Hart.HUGE, Hart.LARGE
 S_LEAF_GLOBAL, S_LOCAL_USED = Hart.LEAF_GLOBAL, Hart.LOCAL_USED
 S_TLB, S_FETCH_TLB, S_DATA_TLBS, S_FETCH_TLBS = Hart.TLB, Hart.FETCH_TLB, Hart.DATA_TLBS, Hart.FETCH_TLBS
 S_EXIT, S_EXIT_ADDRESS, S_EXIT_WIDTH, S_EXIT_VALUE = Hart.EXIT, Hart.EXIT_ADDRESS, Hart.EXIT_WIDTH, Hart.EXIT_VALUE
@@ -245,7 +247,9 @@ def flush_tlb(s: int) -> int:
         store_i64(entry + 8, NO_TAG)
     for index in range(2 * TLB_ENTRIES):
         store_i64(s + S_FETCH_TLBS + index * FETCH_ENTRY, NO_TAG)
-    store_i64(s + S_LARGE, 0)
+    for word in range(LARGE_WORDS):
+        store_i64(s + S_LARGE + (word << 3), 0)
+    store_i64(s + S_HUGE, 0)
     return store_i64(s + S_LOCAL_USED, 0)
 
 
@@ -270,9 +274,29 @@ def flush_local(s: int) -> int:
 
 
 @native
+def large_bit(address: int) -> int:
+    """Number of the bit in Hart.LARGE for the 2 MiB around an address; several ranges share one."""
+    return ((address >> 21) ^ (address >> 33)) & (LARGE_WORDS * 64 - 1)
+
+
+@native
+def note_superpage(s: int, address: int) -> int:
+    """Remember that a TLB entry of 4 KiB stands for a part of a larger page."""
+    level = load_i64(s + S_LEAF_LEVEL)
+    if level > 1:
+        store_i64(s + S_HUGE, 1)
+    elif level == 1:
+        bit = large_bit(address)
+        word = s + S_LARGE + (bit >> 6 << 3)
+        store_i64(word, load_i64(word) | 1 << (bit & 63))
+    return 0
+
+
+@native
 def flush_address(s: int, address: int) -> int:
-    """Drop the translations of one virtual address."""
-    if load_i64(s + S_LARGE):
+    """Drop the translations of one virtual address: all that a superpage around it gave, if there is one."""
+    bit = large_bit(address)
+    if load_i64(s + S_HUGE) or load_i64(s + S_LARGE + (bit >> 6 << 3)) >> (bit & 63) & 1:
         return flush_tlb(s)
     index = shift_right_logical(address, 12) & (TLB_ENTRIES - 1)
     for mode in range(3):
@@ -384,9 +408,7 @@ def fill_data(s: int, address: int, physical: int, writable: int) -> int:
             store_i64(s + S_LOCAL_USED, load_i64(s + S_LOCAL_USED) | 1 << table)
     if writable and not load_u8(load_i64(machine + M_CODE) + ((physical - load_i64(machine + M_RAM_BASE)) >> 12)):
         store_i64(entry + 8, page)
-    if load_i64(s + S_LEAF_LEVEL):
-        store_i64(s + S_LARGE, 1)
-    return 0
+    return note_superpage(s, address)
 
 
 @native
@@ -551,8 +573,7 @@ def fetch_missed(s: int, pc: int) -> int:
     store_i64(entry + 16, load_i64(s + S_LEAF_GLOBAL))
     if not load_i64(s + S_LEAF_GLOBAL):
         store_i64(s + S_LOCAL_USED, load_i64(s + S_LOCAL_USED) | 8 << load_i64(s + S_PRIVILEGE))
-    if load_i64(s + S_LEAF_LEVEL):
-        store_i64(s + S_LARGE, 1)
+    note_superpage(s, pc)
     return shadow
 
 
