@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
+from kata_lab.commands.image import add_arguments as add_image_arguments
 from kata_lab.errors import KataLabError
 
 FAILED = 1
@@ -98,6 +99,8 @@ def build_parser() -> argparse.ArgumentParser:
     boot.add_argument("--run", metavar="COMMAND", dest="guest_command", help="run it in the guest, then power off")
     boot.add_argument("--mirror", metavar="URI", help="Debian archive to build the default guest from")
     boot.set_defaults(run=_boot)
+
+    add_image_arguments(commands.add_parser("image", help="build guest images and look into them"), _Parser)
 
     bench = commands.add_parser("bench", help="measure, side by side with qemu-system-riscv64")
     kinds = bench.add_subparsers(title="benchmarks", dest="kind", required=True, parser_class=_Parser)

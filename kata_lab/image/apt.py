@@ -4,14 +4,16 @@ APT does the whole of it: the archive's signature is verified against Debian's k
 the signature, each package against the index, as apt-secure(8) says. It runs with its own configuration, lists and
 cache beneath the cache directory (``APT_CONFIG``, apt.conf(5)); of the host's configuration only what says how to
 reach the network is taken over: proxies, time-outs, TLS certificates, login data (apt_auth.conf(5)). A package in the
-cache is hashed again before it is used. Dependencies are not resolved: only packages that are asked for by name are
-fetched.
+cache is hashed again before it is used. Dependencies are resolved by APT as if nothing were installed; what packages
+recommend is left out.
 
-Tools: ``apt-config dump``, ``apt-get update``, ``apt-get download``, ``apt-cache show``.
+Tools: ``apt-config dump``, ``apt-get update``, ``apt-get download``, ``apt-get --simulate install``, ``apt-cache
+show``, ``apt-cache pkgnames``.
 """
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import os
 import re
@@ -56,6 +58,7 @@ _WRONG_CONTENT = re.compile(
 )
 _MISSING = re.compile(r"\b404\b|File not found|does not have a Release file|doesn't support architecture")
 _LONGEST_COMPLAINT = 400
+_INSTALLED = re.compile(r"Inst (?P<name>\S+) (?:\[\S+\] )?\((?P<version>\S+) ")
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,15 @@ class Package:
 
 class PackageGoneError(ImageError):
     """The mirror no longer has a file that the index names: the index is out of date."""
+
+
+class UnknownPackageError(ImageError):
+    """The suite has no package of this name; `near` is one with a similar name, or empty."""
+
+    def __init__(self, message: str, name: str, near: str) -> None:
+        super().__init__(message)
+        self.name = name
+        self.near = near
 
 
 class Archive:
@@ -141,11 +153,49 @@ class Archive:
         Raises:
             ImageError: the suite has no such package; or as update().
         """
+        self._need_index()
+        return self._describe([name])[0]
+
+    def resolve(self, names: Sequence[str]) -> list[Package]:
+        """Packages and everything that they depend on, sorted by name; fetches the index first if there is none yet.
+
+        Raises:
+            UnknownPackageError: the suite has no package of that name.
+            ImageError: their dependencies contradict each other or are not in the suite; or as update().
+        """
+        self._need_index()
+        self._describe(names)
+        answer = self._ask("apt-get", "-q", "--simulate", "--no-install-recommends", "install", "--", *names)
+        found = [match for line in answer.stdout.splitlines() if (match := _INSTALLED.match(line))]
+        if answer.returncode != 0 or not found:
+            complaint = " ".join(answer.stdout.partition("The following information")[2].split()[8:])
+            complaint = complaint or " ".join(answer.stderr.split())
+            raise ImageError(
+                f"the packages {', '.join(names)} of Debian {self.suite} cannot be installed together: "
+                f"take one of them out (APT says: {complaint[:_LONGEST_COMPLAINT]})"
+            )
+        packages = self._describe([f"{match['name']}={match['version']}" for match in found])
+        return sorted(packages, key=lambda package: package.name)
+
+    def _need_index(self) -> None:
         if not any((self._directory / "lists").glob("*_Packages*")):
             self.update()
-        record = self._show(name)
-        if not record:
-            raise ImageError(f"Debian {self.suite} has no package {name!r} for {self.architecture}: check its spelling")
+
+    def _describe(self, wanted: Sequence[str]) -> list[Package]:
+        """What the index says of packages, each ``name`` or ``name=version``."""
+        answer = self._ask("apt-cache", "show", "--no-all-versions", "--", *wanted)
+        packages: dict[str, Package] = {}
+        for paragraph in answer.stdout.split("\n\n"):
+            if record := parse_fields(paragraph):
+                package = self._package(record)
+                packages[package.name] = package
+        for each in wanted:
+            name = each.partition("=")[0]
+            if name not in packages:
+                raise self._unknown(name)
+        return [packages[each.partition("=")[0]] for each in wanted]
+
+    def _package(self, record: dict[str, str]) -> Package:
         try:
             return Package(
                 name=record["Package"],
@@ -156,7 +206,15 @@ class Archive:
                 depends=record.get("Depends", ""),
             )
         except (KeyError, ValueError) as error:
+            name = record.get("Package", "")
             raise ImageError(f"the index of suite {self.suite} describes {name!r} without a valid {error}") from error
+
+    def _unknown(self, name: str) -> UnknownPackageError:
+        names = self._ask("apt-cache", "pkgnames").stdout.split()
+        near = next(iter(difflib.get_close_matches(name, names, n=1, cutoff=0.7)), "")
+        hint = f"did you mean {near!r}?" if near else "check its spelling"
+        message = f"Debian {self.suite} has no package {name!r} for {self.architecture}: {hint}"
+        return UnknownPackageError(message, name, near)
 
     def fetch(self, package: Package) -> Path:
         """The file of a package: the one in the cache if its hash is right, else a download, verified.
@@ -165,27 +223,46 @@ class Archive:
             PackageGoneError: the index is out of date, so update() is due.
             ImageError: no network, or a mirror that serves a wrong size or hash, also when asked again.
         """
-        place = self._packages / package.file_name
+        return self.fetch_all([package])[0]
+
+    def fetch_all(self, packages: Sequence[Package]) -> list[Path]:
+        """The files of packages, in their order; what the cache lacks is downloaded in one go, as by fetch()."""
+        places = [self._packages / package.file_name for package in packages]
         with exclusive(self._packages) as lock:
-            if sha256_of(place) == package.sha256:
-                return place
+            missing = [
+                (package, place)
+                for package, place in zip(packages, places, strict=True)
+                if sha256_of(place) != package.sha256
+            ]
+            if not missing:
+                return places
+            self._need_index()
             for _ in range(ATTEMPTS):
                 with scratch(self._packages) as partial:
-                    complaint = self._apt_get(
-                        f"Fetching {package.name} {package.version}",
-                        ["download", f"{package.name}:{package.architecture}={package.version}"],
-                        partial,
-                        lock,
-                        package.size,
-                    )
-                    got = next(partial.glob("*.deb"), partial / "nothing")
-                    if not complaint and sha256_of(got) == package.sha256:
-                        publish(got, place)
-                        return place
+                    complaint = self._download([package for package, _ in missing], partial, lock)
+                    got = {sha256_of(file): file for file in partial.glob("*.deb")}
+                    for package, place in missing:
+                        if package.sha256 in got:
+                            publish(got[package.sha256], place)
+                missing = [(package, place) for package, place in missing if package.sha256 not in got]
+                if not missing:
+                    return places
                 complaint = complaint or "Hash Sum mismatch"
                 if not _is_wrong_content(complaint):
                     break
-        raise self._error(f"the package {package.name} {package.version}", complaint)
+        names = ", ".join(f"{package.name} {package.version}" for package, _ in missing[:3])
+        what = f"the package {names}" if len(missing) == 1 else f"{len(missing)} packages ({names}…)"
+        raise self._error(what, complaint)
+
+    def _download(self, packages: Sequence[Package], partial: Path, lock: int) -> str:
+        title = f"{packages[0].name} {packages[0].version}" if len(packages) == 1 else f"{len(packages)} packages"
+        # "all" is no architecture that APT could be asked for.
+        wanted = [
+            f"{package.name}{'' if package.architecture == 'all' else ':' + package.architecture}={package.version}"
+            for package in packages
+        ]
+        size = sum(package.size for package in packages)
+        return self._apt_get(f"Fetching {title}", ["download", *wanted], partial, lock, size)
 
     def _configure(self) -> None:
         """Write APT's configuration for this archive."""
@@ -243,11 +320,12 @@ class Archive:
                     (new / name).write_text(text)
                     (new / name).replace(place)
 
-    def _show(self, name: str) -> dict[str, str]:
+    def _ask(self, *command: str) -> subprocess.CompletedProcess[str]:
+        """Run a program of APT that changes nothing but its own cache."""
         with exclusive(self._directory) as lock:
             self._configure()
-            answer = subprocess.run(
-                ["apt-cache", "show", "--no-all-versions", "--", name],
+            return subprocess.run(
+                command,
                 env=self._environment(),
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
@@ -256,7 +334,6 @@ class Archive:
                 pass_fds=(lock,),
                 check=False,
             )
-        return parse_fields(answer.stdout.partition("\n\n")[0])
 
     def _environment(self) -> dict[str, str]:
         return {**os.environ, "APT_CONFIG": str(self._directory / "apt.conf"), "LC_ALL": "C"}
@@ -314,6 +391,12 @@ class Archive:
             f"{what} could not be fetched from {self.mirror}: "
             f"check the network, APT's proxy settings and the mirror {says}"
         )
+
+
+def cached(package: Package) -> Path | None:
+    """The file of a package in the cache, without any network; None when it is absent or not what it should be."""
+    place = cache_directory() / "packages" / package.file_name
+    return place if sha256_of(place) == package.sha256 else None
 
 
 def find_keyring(keyring: Path | None = None) -> Path:

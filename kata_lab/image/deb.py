@@ -107,6 +107,10 @@ class DebPackage:
             if entry.kind == "file" and wanted(entry):
                 yield entry, content
 
+    def entries(self, wanted: Callable[[PackagedFile], bool]) -> Iterator[tuple[PackagedFile, bytes]]:
+        """Everything that the package installs, regular files with their content where `wanted` is true."""
+        return self._walk("data.tar", wanted)
+
     def read(self, path: str) -> bytes:
         """The content of the regular file `path` (relative to the root).
 

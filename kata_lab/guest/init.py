@@ -1,0 +1,302 @@
+#!/usr/bin/micropython
+"""PID 1 of a guest: mounts, loads modules, starts services in order, reaps, and shuts down cleanly.
+
+Runs in MicroPython 1.25 (unix port) with its ``ffi`` module over the C library. What to do is in
+``/etc/kata-lab/init.json``, which the image builder writes: modules in the order of their dependencies, services in the
+order of theirs. The kernel's side is Documentation/filesystems/ramfs-rootfs-initramfs.rst (PID 1 never exits) and
+reboot(2). Signals are busybox's: SIGUSR2 powers off, SIGUSR1 halts, SIGTERM resets. Words on the kernel command line:
+``kata.run="…"`` or ``kata.run.base64=…`` runs a shell command after the services are up and powers off,
+``kata.poweroff`` powers off at once. Leaves out run levels, sockets that start services, and logins.
+"""
+
+import array
+import json
+import os
+import sys
+import time
+
+import ffi
+import uctypes
+
+CONFIGURATION = "/etc/kata-lab/init.json"
+UP = "kata-lab: services are up"
+ENVIRONMENT = ("PATH=/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/root", "TERM=vt100", "PS1=kata-lab:\\w# ")
+
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC = 1, 2, 4, 8
+MOUNTS = (
+    ("proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, ""),
+    ("sysfs", "/sys", "sysfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, ""),
+    ("devtmpfs", "/dev", "devtmpfs", MS_NOSUID, "mode=0755"),
+    ("devpts", "/dev/pts", "devpts", MS_NOSUID | MS_NOEXEC, "mode=0620,gid=5,ptmxmode=0666"),
+    ("tmpfs", "/dev/shm", "tmpfs", MS_NOSUID | MS_NODEV, "mode=1777"),
+    ("tmpfs", "/run", "tmpfs", MS_NOSUID | MS_NODEV, "mode=0755"),
+    ("tmpfs", "/tmp", "tmpfs", MS_NOSUID | MS_NODEV, "mode=1777"),
+    ("cgroup2", "/sys/fs/cgroup", "cgroup2", MS_NOSUID | MS_NODEV | MS_NOEXEC, ""),
+)
+EBUSY, EEXIST = 16, 17
+
+SIGINT, SIGKILL, SIGUSR1, SIGUSR2, SIGTERM, SIGCHLD = 2, 9, 10, 12, 15, 17
+SIG_BLOCK, SIG_SETMASK = 0, 2
+WNOHANG = 1
+ENDINGS = {SIGUSR2: 0x4321FEDC, SIGUSR1: 0xCDEF0123, SIGTERM: 0x01234567, SIGINT: 0x01234567}  # reboot(2)
+
+GRACE_MS = 2000
+RESTART_MS = (100, 5000)  # the first and the longest wait before a service is started again
+STEADY_MS = 10000  # a service that ran so long begins again with the first wait
+
+_libc = ffi.open("libc.so.6")
+_mount = _libc.func("i", "mount", "sssLs")
+_syscall = _libc.func("l", "syscall", "lisi")
+_open = _libc.func("i", "open", "sii")
+_close = _libc.func("i", "close", "i")
+_dup2 = _libc.func("i", "dup2", "ii")
+_fork = _libc.func("i", "fork", "")
+_execve = _libc.func("i", "execve", "sPP")
+_exit = _libc.func("v", "_exit", "i")
+_waitpid = _libc.func("i", "waitpid", "ipi")
+_kill = _libc.func("i", "kill", "ii")
+_setsid = _libc.func("i", "setsid", "")
+_sigprocmask = _libc.func("i", "sigprocmask", "ipp")
+_sigtimedwait = _libc.func("i", "sigtimedwait", "ppp")
+_sync = _libc.func("v", "sync", "")
+_reboot = _libc.func("i", "reboot", "I")
+_sethostname = _libc.func("i", "sethostname", "sL")
+
+_signals = bytearray(128)
+_signals[0:8] = sum(1 << (number - 1) for number in (SIGINT, SIGUSR1, SIGUSR2, SIGTERM, SIGCHLD)).to_bytes(8, "little")
+_no_signals = bytearray(128)
+
+
+class Service:
+    """One service and the process that it is now. ``process`` is 0 while there is none."""
+
+    def __init__(self, description):
+        self.name = description["name"]
+        self.command = description["command"]
+        self.restart = description["restart"]
+        self.once = description["once"]
+        self.process = 0
+        self.status = 0
+        self.started = 0
+        self.due = None
+        self.wait = RESTART_MS[0]
+
+    def start(self):
+        self.due = None
+        self.started = time.ticks_ms()
+        self.process = spawn(self.command)
+
+    def ended(self, status):
+        """Note how its process ended, and when it is to be started again."""
+        self.process = 0
+        self.status = status
+        if self.restart == "always" or (self.restart == "on-failure" and status != 0):
+            if time.ticks_diff(time.ticks_ms(), self.started) > STEADY_MS:
+                self.wait = RESTART_MS[0]
+            self.due = time.ticks_add(time.ticks_ms(), self.wait)
+            self.wait = min(self.wait * 2, RESTART_MS[1])
+        if status != 0 and self.restart != "stopped":
+            say(f"service {self.name} ended with status {status}")
+
+
+def say(text):
+    print("kata-lab: " + text)
+
+
+def make_directory(path):
+    try:
+        os.mkdir(path)
+    except OSError as error:
+        if error.args[0] != EEXIST:
+            raise
+
+
+def mount_all():
+    for source, place, kind, flags, options in MOUNTS:
+        try:
+            make_directory(place)
+        except OSError:
+            continue  # below a read-only root, or a kernel without this file system
+        if _mount(source, place, kind, flags, options) != 0 and os.errno() != EBUSY:
+            say(f"{place} cannot be mounted")
+
+
+def overlay(paths):
+    """Make directories of a read-only root writable: changes go to memory."""
+    for path in paths:
+        name = path.strip("/").replace("/", "-")
+        base = "/run/kata-lab-" + name
+        for place in (base, base + "/upper", base + "/work"):
+            make_directory(place)
+        options = f"lowerdir={path},upperdir={base}/upper,workdir={base}/work"
+        if _mount("overlay", path, "overlay", MS_NOSUID | MS_NODEV, options) != 0:
+            say(f"{path} cannot be made writable")
+
+
+def load_modules(paths, finit_module):
+    for path in paths:
+        descriptor = _open(path, 0, 0)
+        failed = descriptor < 0 or _syscall(finit_module, descriptor, "", 0) != 0
+        if descriptor >= 0:
+            _close(descriptor)
+        if failed:
+            say(f"module {path} cannot be loaded")
+
+
+def c_strings(texts):
+    """A NULL-terminated array of C strings, and what must stay alive with it."""
+    kept = [text.encode() + b"\0" for text in texts]
+    return array.array("Q", [uctypes.addressof(each) for each in kept] + [0]), kept
+
+
+def spawn(command):
+    """Start a program in a session of its own; its process."""
+    arguments, _kept = c_strings(command)
+    environment, _kept_too = c_strings(ENVIRONMENT)
+    process = _fork()
+    if process == 0:
+        _sigprocmask(SIG_SETMASK, _no_signals, None)
+        _setsid()
+        _execve(command[0], uctypes.addressof(arguments), uctypes.addressof(environment))
+        say(f"{command[0]} cannot be run")
+        _exit(127)
+    return process
+
+
+def next_signal(timeout_ms):
+    """The number of the next signal, negative if none came in time."""
+    timeout = array.array("q", [timeout_ms // 1000, timeout_ms % 1000 * 1000000])
+    return _sigtimedwait(_signals, None, timeout)
+
+
+def reap():
+    """Processes that have ended, as (process, exit status); a signal counts as 128 + its number, as in a shell."""
+    word = array.array("i", [0])
+    while True:
+        process = _waitpid(-1, word, WNOHANG)
+        if process <= 0:
+            return
+        how = word[0]
+        yield process, how >> 8 & 0xFF if how & 0x7F == 0 else 128 + (how & 0x7F)
+
+
+class Init:
+    """The services, and a wish to end once somebody has one."""
+
+    def __init__(self, services):
+        self.services = services
+        self.ending = None
+
+    def turn(self, timeout_ms):
+        """Wait for a signal and do what it asks for; returns the processes that have ended."""
+        number = next_signal(max(timeout_ms, 0))
+        if number in ENDINGS:
+            self.ending = ENDINGS[number]
+        ended = dict(reap())
+        for service in self.services:
+            if service.process in ended:
+                service.ended(ended[service.process])
+        return ended
+
+    def wait_for(self, process):
+        """Until a process has ended; its status, or None if the guest shall end first."""
+        while self.ending is None:
+            ended = self.turn(1000)
+            if process in ended:
+                return ended[process]
+            self.start_due()
+        return None
+
+    def start_due(self):
+        """Start what is due; milliseconds until the next is."""
+        wait = 60000
+        for service in self.services:
+            if service.due is not None:
+                left = time.ticks_diff(service.due, time.ticks_ms())
+                if left <= 0:
+                    service.start()
+                else:
+                    wait = min(wait, left)
+        return wait
+
+    def start_all(self):
+        failed = 0
+        for service in self.services:
+            if self.ending is not None:
+                return
+            service.start()
+            if service.once:
+                status = self.wait_for(service.process)
+                failed += status != 0
+        if failed:
+            say(f"{failed} services failed")
+        else:
+            print(UP)
+
+    def stop_all(self):
+        """Ask services to end in the opposite order, then end everything."""
+        for service in self.services:
+            service.restart = "stopped"
+            service.due = None
+        for service in reversed(self.services):
+            if service.process:
+                self.stop(service)
+        _kill(-1, SIGKILL)
+        _sync()
+
+    def stop(self, service):
+        deadline = time.ticks_add(time.ticks_ms(), GRACE_MS)
+        _kill(service.process, SIGTERM)
+        # An interactive shell ignores SIGTERM and ends when its terminal does.
+        _kill(service.process, 1)
+        while service.process and time.ticks_diff(deadline, time.ticks_ms()) > 0:
+            self.turn(100)
+        if service.process:
+            _kill(service.process, SIGKILL)
+
+
+def wanted_command(line):
+    """What the kernel command line asks for: a shell command, "" for none, None to power off at once."""
+    padded = " " + line.strip() + " "
+    if " kata.run.base64=" in padded:
+        import binascii
+
+        return binascii.a2b_base64(padded.split(" kata.run.base64=")[1].split(" ")[0]).decode()
+    if ' kata.run="' in padded:
+        return padded.split(' kata.run="')[1].split('"')[0]
+    if " kata.run=" in padded:
+        return padded.split(" kata.run=")[1].split(" ")[0]
+    return None if " kata.poweroff " in padded else ""
+
+
+def main():
+    _sigprocmask(SIG_BLOCK, _signals, None)
+    mount_all()
+    with open(CONFIGURATION) as file:
+        configuration = json.load(file)
+    overlay(configuration["writable"])
+    load_modules(configuration["modules"], configuration["finit_module"])
+    _sethostname(configuration["name"], len(configuration["name"]))
+    with open("/proc/cmdline") as file:
+        command = wanted_command(file.read())
+    shell_instead = command == ""
+    init = Init([Service(each) for each in configuration["services"] if shell_instead or not each["console"]])
+    init.start_all()
+    if command:
+        status = init.wait_for(spawn(["/bin/sh", "-c", command]))
+        say(f"exit status {0 if status is None else status}")
+    if not shell_instead and init.ending is None:
+        init.ending = ENDINGS[SIGUSR2]
+    while init.ending is None:
+        init.turn(init.start_due())
+    init.stop_all()
+    _reboot(init.ending)
+
+
+try:
+    main()
+except BaseException as error:
+    sys.print_exception(error)
+    say("init has failed; the guest resets")
+    _sync()
+    _reboot(ENDINGS[SIGTERM])

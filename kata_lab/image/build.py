@@ -1,0 +1,369 @@
+"""Builds an image from its description: resolve, fetch, put together, publish.
+
+1. The lock says which packages; without one that fits, the host's APT resolves them from the signed index.
+2. The kernel package is fetched and the modules are looked for in it, then the other packages are fetched.
+3. Packages, modules, the description's own files and our init are put together in memory; no maintainer script runs.
+4. The tree becomes an initramfs, or a file system for a disk (:mod:`kata_lab.image.disk`), and gets its name.
+
+What step 3 and 4 do depends on the description and the lock alone, so that the same inputs give the same bytes. Leaves
+out what maintainer scripts would do: alternatives, the loader's cache, compiled Python, enabled units (systemd enables
+its presets at the first boot).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kata_lab.errors import ImageError
+from kata_lab.image.apt import Archive, Package, PackageGoneError, UnknownPackageError, cached
+from kata_lab.image.description import Description, did_you_mean, find_description, load_description
+from kata_lab.image.kernel import (
+    FINIT_MODULE,
+    KernelPackage,
+    Module,
+    UnknownModuleError,
+    alias_file,
+    dependency_file,
+)
+from kata_lab.image.library import KERNEL, Image, Library, root_file
+from kata_lab.image.lock import Lock, check_covers, lock_path, read_lock, write_lock
+from kata_lab.image.systemd import add_units
+from kata_lab.image.tree import RootTree
+from kata_lab.progress import Progress, ProgressMode
+
+SERVICES_MARKER = "kata-lab: services are up"
+"""The line that a guest prints once every service of its description has been started."""
+
+_FORMAT = 1
+_GUEST = Path(__file__).parents[1] / "guest"
+_INIT = "usr/lib/kata-lab/init"
+_CONFIGURATION = "etc/kata-lab/init.json"
+_SYSTEMD = "usr/lib/systemd/systemd"
+_DIRECTORIES = ("dev", "proc", "sys", "run", "etc", "var", "mnt", "usr/lib/kata-lab")
+_GROUPS = "root:x:0:\ntty:x:5:\n"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildOptions:
+    """How to build.
+
+    Args:
+        lock: file of the lock.
+        locked: take exactly the packages of the lock, and refuse if it does not fit.
+        offline: the same, and without a network: what the cache lacks is refused.
+        refresh: read the archive's index again and take the newest packages.
+        mirror, keyring: see apt.Archive.
+        progress: how to show what takes long.
+    """
+
+    lock: Path
+    locked: bool = False
+    offline: bool = False
+    refresh: bool = False
+    mirror: str | None = None
+    keyring: Path | None = None
+    progress: ProgressMode = "auto"
+
+
+def build_named(
+    name: str,
+    *,
+    locked: bool = False,
+    offline: bool = False,
+    refresh: bool = False,
+    mirror: str | None = None,
+    progress: ProgressMode = "auto",
+) -> Image:
+    """Build one of Kata Lab's descriptions, or the one in a file; see BuildOptions and build_image()."""
+    path = find_description(name)
+    options = BuildOptions(
+        lock=lock_path(path), locked=locked, offline=offline, refresh=refresh, mirror=mirror, progress=progress
+    )
+    return build_image(load_description(path), options)
+
+
+def build_image(description: Description, options: BuildOptions) -> Image:
+    """Build an image, or find that it is built already.
+
+    Raises:
+        ImageError: an unknown package or module (with its JSON path), a package that does not verify or is missing
+            offline, a lock that does not fit, packages that do not go together, or a full disk.
+    """
+    lock = _lock(description, options)
+    recipe = _recipe(description, lock)
+    library = Library()
+    if description.name in library.names():
+        try:
+            present = library.find(description.name)
+            if present.manifest["recipe"] == recipe:
+                present.verify()
+                return present
+        except ImageError:
+            pass  # a damaged image is built again
+    kernel, files = _fetch(description, lock, options)
+    if read_lock(options.lock) != lock:
+        write_lock(options.lock, lock)
+    modules = _modules(description, kernel)
+    with Progress(f"Building {description.name}", total=len(files) + 2, mode=options.progress) as bar:
+        tree = RootTree(description.architecture, description.excluded_paths)
+        for package, file in zip(lock.packages, files, strict=True):
+            tree.install(file, package.name)
+            bar.advance(1, package.name)
+        _add_kernel_modules(tree, kernel, modules)
+        _add_own(tree, description, kernel, modules)
+        bar.advance(1, "root")
+        image = _publish(library, tree, description, lock, kernel, modules, recipe)
+        bar.advance(1, "written")
+    return image
+
+
+def _lock(description: Description, options: BuildOptions) -> Lock:
+    """Which packages to take; nothing is downloaded but the index."""
+    lock = read_lock(options.lock)
+    if options.locked or options.offline:
+        return check_covers(lock, description, options.lock)
+    if lock is not None and lock.inputs == description.package_inputs and not options.refresh:
+        return lock
+    archive = _archive(description, options)
+    if options.refresh:
+        archive.update()
+    try:
+        kernel = _kernel_package(archive, description)
+        packages = archive.resolve(description.packages)
+    except UnknownPackageError as error:
+        raise description.refusal(_path_of(error.name, description), str(error)) from error
+    names = {package.name for package in packages}
+    for place, name in enumerate(description.excluded_packages):
+        if name not in names:
+            problem = f"nothing brings a package {name!r}: {did_you_mean(name, names)}"
+            raise description.refusal(f"$.exclude.packages[{place}]", problem)
+    if description.init == "kata-lab" and "micropython" not in names:
+        raise description.refusal("$.packages", "the init of Kata Lab runs in MicroPython: add 'micropython'")
+    kept = tuple(package for package in packages if package.name not in description.excluded_packages)
+    return Lock(description.package_inputs, kernel, kept)
+
+
+def _archive(description: Description, options: BuildOptions) -> Archive:
+    return Archive(
+        options.mirror,
+        suite=description.suite,
+        architecture=description.architecture,
+        keyring=options.keyring,
+        progress=options.progress,
+    )
+
+
+def _path_of(name: str, description: Description) -> str:
+    if name in description.packages:
+        return f"$.packages[{description.packages.index(name)}]"
+    return "$.kernel.package"
+
+
+def _kernel_package(archive: Archive, description: Description) -> Package:
+    """The package itself, or the one that a metapackage depends on."""
+    package = archive.find(description.kernel_package)
+    match = re.search(r"\blinux-image-\d\S*", package.depends)
+    return package if match is None else archive.find(match[0])
+
+
+def _fetch(description: Description, lock: Lock, options: BuildOptions) -> tuple[KernelPackage, list[Path]]:
+    """The kernel, with its modules checked before anything else is downloaded, and the files of the packages."""
+    if options.offline:
+        wanted = (lock.kernel, *lock.packages)
+        places = [cached(package) for package in wanted]
+        missing = [package.name for package, place in zip(wanted, places, strict=True) if place is None]
+        if missing:
+            raise ImageError(
+                f"{', '.join(missing)} is not in the cache, or not as the lock {options.lock} says: "
+                "build once without --offline"
+            )
+        kernel_file, *files = [place for place in places if place is not None]
+        return KernelPackage(kernel_file, description.architecture), files
+    found = [cached(package) for package in lock.packages]
+    kernel_found = cached(lock.kernel)
+    if kernel_found is not None and None not in found:
+        return KernelPackage(kernel_found, description.architecture), [each for each in found if each is not None]
+    archive = _archive(description, options)
+    kernel = KernelPackage(_fetched(archive, [lock.kernel], options)[0], description.architecture)
+    _modules(description, kernel)
+    return kernel, _fetched(archive, list(lock.packages), options)
+
+
+def _fetched(archive: Archive, packages: list[Package], options: BuildOptions) -> list[Path]:
+    try:
+        return archive.fetch_all(packages)
+    except PackageGoneError:
+        archive.update()
+    try:
+        return archive.fetch_all(packages)
+    except PackageGoneError as error:
+        raise ImageError(f"{error}; --refresh takes what the archive has now, in place of {options.lock}") from error
+
+
+@dataclass(frozen=True)
+class _Modules:
+    """What the image has, and what of it is loaded at boot; both in the order of dependencies."""
+
+    present: list[Module]
+    loaded: list[Module]
+
+
+def _modules(description: Description, kernel: KernelPackage) -> _Modules:
+    try:
+        loaded = kernel.modules(description.modules)
+        return _Modules(kernel.modules((*description.modules, *description.modules_on_demand)), loaded)
+    except UnknownModuleError as error:
+        problem = f"kernel {kernel.release} has no module {error.name!r}: {did_you_mean(error.name, error.known)}"
+        for field in ("modules", "modules_on_demand"):
+            names: tuple[str, ...] = getattr(description, field)
+            if error.name in names:
+                raise description.refusal(f"$.kernel.{field}[{names.index(error.name)}]", problem) from error
+        raise description.refusal("$.kernel.package", problem) from error
+
+
+def _recipe(description: Description, lock: Lock) -> str:
+    """Everything that decides the bytes of an image, hashed."""
+    parts = [str(_FORMAT).encode(), description.sha256.encode(), lock.encode(), (_GUEST / "init.py").read_bytes()]
+    return hashlib.sha256(b"\0".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
+
+
+def _add_kernel_modules(tree: RootTree, kernel: KernelPackage, modules: _Modules) -> None:
+    if not modules.present:
+        return
+    base = f"usr/lib/modules/{kernel.release}"
+    for module in modules.present:
+        tree.file(f"{base}/{module.path}", module.content, owner="(modules)")
+    tree.file(f"{base}/modules.dep", dependency_file(modules.present), owner="(modules)")
+    tree.file(f"{base}/modules.alias", alias_file(modules.present), owner="(modules)")
+
+
+def _add_own(tree: RootTree, description: Description, kernel: KernelPackage, modules: _Modules) -> None:
+    """What no package brings: accounts, the description's files and links, init and its services."""
+    for name in _DIRECTORIES:
+        tree.directory(name)
+    tree.directory("tmp", 0o1777)
+    tree.device("dev/console", 5, 1)
+    _add_users(tree, description)
+    for spec in description.files:
+        path = spec.path[1:]
+        if spec.text is not None:
+            tree.file(path, spec.text.encode(), 0o644 if spec.mode is None else spec.mode)
+        elif spec.link is not None:
+            tree.symlink(path, spec.link)
+        else:
+            tree.directory(path, 0o755 if spec.mode is None else spec.mode)
+    for target, names in description.links:
+        for name in names:
+            tree.symlink(name[1:], target)
+    paths = [f"/usr/lib/modules/{kernel.release}/{module.path}" for module in modules.loaded]
+    if description.init == "systemd":
+        if tree.read(_SYSTEMD) is None:
+            raise description.refusal("$.init", "the packages bring no systemd: add 'systemd-sysv' to $.packages")
+        add_units(tree, description, paths, SERVICES_MARKER)
+        tree.symlink("init", f"/{_SYSTEMD}")
+    else:
+        _add_init(tree, description, paths)
+    for service in description.services:
+        if tree.read(service.command[0][1:]) is None:
+            path = f"$.services[{_position(description, service.name)}].command[0]"
+            raise description.refusal(path, f"the image has no program {service.command[0]!r}: name one that it has")
+
+
+def _position(description: Description, service: str) -> int:
+    return [each["name"] for each in description.data["services"]].index(service)
+
+
+def _add_init(tree: RootTree, description: Description, modules: list[str]) -> None:
+    configuration = {
+        "name": description.name,
+        "modules": modules,
+        "finit_module": FINIT_MODULE[description.architecture],
+        "writable": list(description.writable),
+        "services": [
+            {
+                "name": each.name,
+                "command": list(each.command),
+                "restart": each.restart,
+                "once": each.once,
+                "console": each.console,
+            }
+            for each in description.services
+        ],
+    }
+    tree.file(_CONFIGURATION, json.dumps(configuration, indent=1).encode() + b"\n")
+    tree.file(_INIT, (_GUEST / "init.py").read_bytes(), 0o755)
+    tree.symlink("init", f"/{_INIT}")
+    tree.symlink("usr/sbin/init", f"/{_INIT}")
+
+
+def _add_users(tree: RootTree, description: Description) -> None:
+    """passwd(5), group(5), shadow(5): Debian's own accounts where base-passwd brings them, then the description's."""
+    accounts = _table(tree, "usr/share/base-passwd/passwd.master")
+    groups = _table(tree, "usr/share/base-passwd/group.master") or {
+        line.partition(":")[0]: line for line in _GROUPS.splitlines()
+    }
+    for user in description.users:
+        accounts[user.name] = f"{user.name}:x:{user.uid}:{user.gid}:{user.name}:{user.home}:{user.shell}"
+        if not any(line.split(":")[2] == str(user.gid) for line in groups.values()):
+            groups[user.name] = f"{user.name}:x:{user.gid}:"
+        tree.directory(user.home[1:], 0o700)
+    for path, table, permissions in (
+        ("etc/passwd", accounts, 0o644),
+        ("etc/group", groups, 0o644),
+        ("etc/shadow", {name: f"{name}:*:::::::" for name in accounts}, 0o640),
+    ):
+        tree.file(path, "".join(f"{line}\n" for line in table.values()).encode(), permissions)
+
+
+def _table(tree: RootTree, path: str) -> dict[str, str]:
+    lines = (tree.read(path) or b"").decode().splitlines()
+    return {line.partition(":")[0]: line.replace(":*:", ":x:", 1) for line in lines if line}
+
+
+def _publish(
+    library: Library,
+    tree: RootTree,
+    description: Description,
+    lock: Lock,
+    kernel: KernelPackage,
+    modules: _Modules,
+    recipe: str,
+) -> Image:
+    sizes = tree.sizes()
+    manifest: dict[str, Any] = {
+        "name": description.name,
+        "summary": description.summary,
+        "recipe": recipe,
+        "architecture": description.architecture,
+        "suite": description.suite,
+        "format_of_root": description.format,
+        "command_line": description.command_line,
+        "release": kernel.release,
+        "description": description.data,
+        "kernel_package": {"name": lock.kernel.name, "version": lock.kernel.version, "sha256": lock.kernel.sha256},
+        "packages": [
+            {
+                "name": each.name,
+                "version": each.version,
+                "sha256": each.sha256,
+                "download": each.size,
+                "bytes": sizes.get(each.name, 0),
+            }
+            for each in lock.packages
+        ],
+        "other_bytes": {name: size for name, size in sizes.items() if name.startswith("(")},
+        "modules": [module.name for module in modules.present],
+        "services": [each.name for each in description.services],
+        "bytes": tree.total,
+    }
+    if description.format == "initramfs":
+        return library.add(manifest, {KERNEL: kernel.image, root_file("initramfs"): tree.pack()})
+    from kata_lab.image.disk import make_root
+
+    with make_root(tree, description.format, recipe) as file:
+        return library.add(manifest, {KERNEL: kernel.image, root_file(description.format): file})
