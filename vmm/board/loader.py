@@ -34,7 +34,6 @@ _HEAD_SIZE: Final = 1024
 
 # boot-image-header.rst: code0 code1 text_offset image_size flags version res1 res2 magic magic2 res3 (the PE offset)
 _IMAGE_HEADER: Final = struct.Struct("<IIQQQIIQ8sII")
-_IMAGE_MAGIC2: Final = int.from_bytes(b"RSC\x05", "little")
 
 # gABI: type machine version entry phoff shoff flags ehsize phentsize phnum shentsize shnum shstrndx, after e_ident
 _ELF_HEADER: Final = struct.Struct("<16sHHIQQQIHHHHHH")
@@ -248,7 +247,8 @@ def _require_room(memory: GuestMemory, source: _Source, end: int) -> None:
 def _open(path: str | os.PathLike[str], what: str) -> Iterator[tuple[FileIO, int]]:
     """An unbuffered file and its size."""
     try:
-        file = FileIO(os.fspath(path))
+        # Without waiting: a pipe that nobody writes to is refused below.
+        file = FileIO(os.fspath(path), opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))
     except OSError as error:
         reason = error.strerror or str(error)
         raise BootError(f"{what} {os.fspath(path)} cannot be read: {reason}; name a file that can") from error

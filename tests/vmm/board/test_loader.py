@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -212,13 +213,16 @@ def test_missing_files_are_named(memory: GuestMemory, tmp_path: Path) -> None:
         load_boot_source(memory, tmp_path / "kernel", tmp_path / "nowhere", lambda _: FDT)
 
 
-def test_directories_devices_and_empty_files_are_refused(memory: GuestMemory, tmp_path: Path) -> None:
+def test_directories_devices_pipes_and_empty_files_are_refused(memory: GuestMemory, tmp_path: Path) -> None:
     (tmp_path / "empty").touch()
+    os.mkfifo(tmp_path / "pipe")
 
     with pytest.raises(BootError, match="Is a directory"):
         load_boot_source(memory, tmp_path, None, lambda _: FDT)
     with pytest.raises(BootError, match="/dev/null is not a regular file"):
         load_boot_source(memory, "/dev/null", None, lambda _: FDT)
+    with pytest.raises(BootError, match="pipe is not a regular file"):
+        load_boot_source(memory, tmp_path / "pipe", None, lambda _: FDT)
     with pytest.raises(BootError, match="empty is empty"):
         load_boot_source(memory, tmp_path / "empty", None, lambda _: FDT)
 
