@@ -27,6 +27,12 @@ SPARE = 1.15
 """How much larger than its files an ext4 is made: for inode tables and directories; it has no journal."""
 
 _PACKAGES = {"mkfs.erofs": "erofs-utils", "mke2fs": "e2fsprogs", "debugfs": "e2fsprogs"}
+_CONFIGURATION = """[fs_types]
+ext4 = {
+features = extent,huge_file,flex_bg,metadata_csum,64bit,dir_nlink,extra_isize,sparse_super,large_file,filetype,dir_index
+inode_size = 256
+}
+"""  # mke2fs.conf(5); the host's own would make images depend on the host
 _DIRECTORIES = ("/usr/sbin", "/sbin", "/usr/local/sbin")
 
 
@@ -79,6 +85,8 @@ def _make_ext4(tree: RootTree, root: Path, place: Path, name: str) -> None:
     blocks = sum(-(-len(node.data) // BLOCK) + 1 for _, node in nodes)
     inodes = len(nodes) + 64
     total = int((blocks + inodes // 16) * SPARE) + 1024
+    configuration = place.with_name("mke2fs.conf")
+    configuration.write_text(_CONFIGURATION)
     _run(
         [
             "mke2fs",
@@ -89,11 +97,11 @@ def _make_ext4(tree: RootTree, root: Path, place: Path, name: str) -> None:
             "-m0",
             f"-U{name}",
             f"-Ehash_seed={name},lazy_itable_init=0,nodiscard,root_owner=0:0",
-            "-O^has_journal,^resize_inode,^orphan_file",
             f"-d{root}",
             str(place),
             str(total),
-        ]
+        ],
+        MKE2FS_CONFIG=str(configuration),
     )
     script = place.with_name("inodes")
     script.write_text("".join(_set_inode(path, node) for path, node in [("", Node(stat.S_IFDIR | 0o755)), *nodes]))
@@ -113,12 +121,12 @@ def _set_inode(path: str, node: Node) -> str:
     return "".join(f"sif {quoted} {field} {value}\n" for field, value in fields.items())
 
 
-def _run(command: Sequence[str]) -> None:
+def _run(command: Sequence[str], **variables: str) -> None:
     path = os.pathsep.join((os.environ.get("PATH", ""), *_DIRECTORIES))
     program = shutil.which(command[0], path=path)
     if program is None:
         raise ImageError(f"this machine has no {command[0]}: install the package {_PACKAGES[command[0]]}")
-    environment = {**os.environ, "E2FSPROGS_FAKE_TIME": "1", "MKE2FS_CONFIG": os.devnull, "LC_ALL": "C"}
+    environment = {**os.environ, "E2FSPROGS_FAKE_TIME": "1", "LC_ALL": "C", **variables}
     answer = subprocess.run(
         [program, *command[1:]],
         env=environment,

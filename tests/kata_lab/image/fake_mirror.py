@@ -1,4 +1,4 @@
-"""A Debian mirror of three tiny riscv64 packages on 127.0.0.1, with a signing key of its own, that lies on request."""
+"""A Debian mirror of a few tiny riscv64 packages on 127.0.0.1, with a signing key of its own, that lies on request."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import gzip
 import hashlib
 import io
 import lzma
+import struct
 import subprocess
 import tarfile
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -22,7 +23,9 @@ RELEASE = "6.99-riscv64"
 INDEX = "main/binary-riscv64/Packages"
 
 
-def build_deb(control: str, files: dict[str, bytes], compression: str = "xz", data_name: str | None = None) -> bytes:
+def build_deb(
+    control: str, files: Mapping[str, bytes | str], compression: str = "xz", data_name: str | None = None
+) -> bytes:
     """A binary package, written by hand after deb(5)."""
     packers: dict[str, Callable[[bytes], bytes]] = {"xz": lzma.compress, "": bytes, "gz": gzip.compress}
     pack = packers[compression]
@@ -30,7 +33,9 @@ def build_deb(control: str, files: dict[str, bytes], compression: str = "xz", da
     members = {
         "debian-binary": b"2.0\n",
         f"control.tar{suffix}": pack(_tar({"./control": control.encode()})),
-        data_name or f"data.tar{suffix}": pack(_tar({f"./{name}": data for name, data in files.items()})),
+        data_name or f"data.tar{suffix}": pack(
+            _tar({name if name.startswith("/") else f"./{name}": data for name, data in files.items()})
+        ),
     }
     return build_ar(members)
 
@@ -44,15 +49,39 @@ def build_ar(members: dict[str, bytes]) -> bytes:
     return archive
 
 
-def _tar(files: dict[str, bytes]) -> bytes:
+def _tar(files: Mapping[str, bytes | str]) -> bytes:
+    """A tar of files (bytes) and symbolic links (the target as a str)."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as archive:
         for name, data in files.items():
             info = tarfile.TarInfo(name)
+            if isinstance(data, str):
+                info.type = tarfile.SYMTYPE
+                info.linkname = data
+                archive.addfile(info)
+                continue
             info.size = len(data)
             info.mode = 0o755
             archive.addfile(info, io.BytesIO(data))
     return buffer.getvalue()
+
+
+def build_module(depends: str = "", alias: str = "") -> bytes:
+    """A kernel module that consists of its .modinfo section, by hand after elf(5), with a signature appended."""
+    information = f"{f'alias={alias}' if alias else 'license=GPL'}\0depends={depends}\0name=x\0".encode()
+    names = b"\0.modinfo\0.shstrtab\0"
+    start = 64
+    table = start + len(information) + len(names)
+    header = b"\x7fELF" + bytes((2, 1, 1)) + bytes(9)
+    header += struct.pack("<HHIQQQIHHHHHH", 1, 243, 1, 0, 0, table, 0, 64, 0, 0, 64, 3, 2)
+
+    def section(name: int, kind: int, offset: int, size: int) -> bytes:
+        return struct.pack("<IIQQQQIIQQ", name, kind, 0, 0, offset, size, 0, 0, 1, 0)
+
+    sections = bytes(64) + section(1, 1, start, len(information))
+    sections += section(10, 3, start + len(information), len(names))
+    signature = b"signature" + bytes(8) + (9).to_bytes(4, "big") + b"~Module signature appended~\n"
+    return header + information + names + sections + signature
 
 
 class Signer:
@@ -99,14 +128,23 @@ class FakeMirror:
         self.release = threading.Event()
         self.files: dict[str, bytes] = {}
         self.uri = ""
+        self.packages: dict[str, tuple[str, dict[str, bytes | str]]] = {}
+        self.modules: dict[str, bytes] = {}
         self.publish()
 
     def publish(self, release: str = RELEASE, signer: Signer | None = None) -> None:
-        """Serve an archive whose kernel has this release, signed by `signer`."""
-        packages = {
+        """Serve an archive whose kernel has this release, signed by `signer`.
+
+        `packages` (name → dependencies and files) are in it too, and `modules` (name → content) in its kernel.
+        """
+        kernel: dict[str, bytes | str] = {f"boot/vmlinux-{release}": KERNEL + release.encode()}
+        for name, content in self.modules.items():
+            kernel[f"usr/lib/modules/{release}/kernel/{name}.ko.xz"] = lzma.compress(content)
+        packages: dict[str, tuple[str, dict[str, bytes | str]]] = {
             "linux-image-riscv64": (f"linux-image-{release} (= 1)", {}),
-            f"linux-image-{release}": ("", {f"boot/vmlinux-{release}": KERNEL + release.encode()}),
+            f"linux-image-{release}": ("", kernel),
             "busybox-static": ("", {"usr/bin/busybox": BUSYBOX}),
+            **self.packages,
         }
         self.files = {}
         index = ""
