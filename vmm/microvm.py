@@ -35,7 +35,7 @@ from vmm import actions
 from vmm.actions import EndKind, MachineEnd, VmmAction, VmState
 from vmm.config import VmConfig
 from vmm.console import Console
-from vmm.errors import ConfigError, StateError, VmmError
+from vmm.errors import ConfigError, EngineError, StateError, VmmError
 from vmm.memory import GuestMemory
 from vmm.metrics import ProcessMemory, VmMetrics
 from vmm.report import CrashReport, find_panic, report_hart
@@ -158,6 +158,15 @@ class Machine:
 
     def _early_panic(self) -> None:
         self.vcpus[0].end(MachineEnd(EndKind.HANG, detail="the guest's kernel panicked before it could reset"))
+
+    def start(self) -> None:
+        """Start the vCPUs' threads, all PAUSED.
+
+        Raises:
+            RuntimeError: the host gives no more threads; those that were started are for :meth:`close` to end.
+        """
+        for vcpu in self.vcpus:
+            vcpu.start()
 
     def report(self, reason: str, hart: int | None, console: tuple[str, ...], trace: str = "") -> CrashReport:
         """Read every hart; all of them must be out of guest code."""
@@ -306,7 +315,7 @@ class MicroVm:
             StateError: the VM is not configured any more.
             ConfigError: no kernel is configured, or the host cannot map that much memory.
             BootError: kernel or initrd cannot be loaded. The VM stays configured and may be configured anew.
-            EngineError: the engine cannot be built.
+            EngineError: the engine cannot be built, or the host has no thread for each vCPU; likewise.
         """
         if self._state is VmState.CONFIGURED and self._config.kernel is not None:
             # On this thread, since the first time it compiles for seconds, and Ctrl-C reaches no other thread.
@@ -492,12 +501,15 @@ class MicroVm:
             changed=lambda: self._call_soon(self._vcpus_changed.set),
             ended=self._on_ended,
         )
+        try:
+            machine.start()
+        except RuntimeError as error:  # threading's word for a host that gives no more threads
+            machine.close()
+            raise EngineError(f"the host gives no thread for each of {self._config.vcpus} vCPUs: {error}") from error
         self._machine = machine
         self._started_at = time.monotonic()
         self._trace.start(lambda: machine.instructions)
         self._state = VmState.RUNNING
-        for vcpu in machine.vcpus:
-            vcpu.start()
         for vcpu in machine.vcpus:
             vcpu.resume()
         return actions.Empty()

@@ -19,6 +19,7 @@ from vmm import (
     ConfigureBootSource,
     ConsoleTimeout,
     EndKind,
+    EngineError,
     MicroVm,
     PauseMicroVm,
     StateError,
@@ -463,6 +464,27 @@ def test_a_start_that_fails_can_be_tried_again_with_another_kernel(make_vm: Make
     vm.request(ConfigureBootSource(good)).result(10)
 
     assert ended(vm) == "second"
+
+
+def test_a_host_without_threads_for_all_harts_is_told_and_leaves_none(
+    make_vm: MakeVm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vm = make_vm(Program().print("later").reset(), vcpus=3)
+    start, before = threading.Thread.start, threading.active_count()
+
+    def exhausted(thread: threading.Thread) -> None:
+        if thread.name == "vcpu-2":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", exhausted)
+        with pytest.raises(EngineError, match="no thread for each of 3 vCPUs: can't start new thread"):
+            vm.start()
+
+    assert vm.state is VmState.CONFIGURED
+    assert threading.active_count() == before + 1  # the VM's loop
+    assert ended(vm) == "later"
 
 
 def test_close_from_the_vms_own_thread_is_refused_but_requests_are_not(make_vm: MakeVm) -> None:
