@@ -60,6 +60,16 @@ def _seconds(text: str) -> float:
     return seconds
 
 
+def _factor(text: str) -> float:
+    try:
+        factor = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+    if not 0 < factor <= 1000:
+        raise argparse.ArgumentTypeError(f"loops {text} times as long cannot be run: it must be above 0, to 1000")
+    return factor
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Everything that the command line accepts."""
     parser = _Parser(prog="kata-lab", description="Boot, see and measure secure containers.", allow_abbrev=False)
@@ -115,7 +125,7 @@ def build_parser() -> argparse.ArgumentParser:
             each.add_argument("--cold", action="store_true", help="measure the one-time compilation too")
             each.add_argument("--idle", type=_seconds, default=10.0, metavar="S", help="seconds of idling (default 10)")
         else:
-            each.add_argument("--size", type=_seconds, default=1.0, metavar="X", help="length of the loops (default 1)")
+            each.add_argument("--size", type=_factor, default=1.0, metavar="X", help="length of the loops (default 1)")
         each.set_defaults(run=_bench)
     return parser
 

@@ -116,8 +116,8 @@ class VmConfig:
         _require_int("memory_mib", self.memory_mib, 1, MAX_MEMORY_MIB, " MiB")
         object.__setattr__(self, "kernel", _require_path("kernel", self.kernel))
         object.__setattr__(self, "initrd", _require_path("initrd", self.initrd))
-        if not isinstance(self.cmdline, str) or "\0" in self.cmdline:
-            raise ConfigError(f"cmdline is {self.cmdline!r}, it must be a string without zero bytes")
+        if not isinstance(self.cmdline, str) or "\0" in self.cmdline or "\n" in self.cmdline:
+            raise ConfigError(f"cmdline is {self.cmdline!r}, it must be one line, without zero bytes")
         if (length := len(self.cmdline.encode())) > MAX_CMDLINE_BYTES:
             raise ConfigError(f"cmdline has {length} bytes, Linux keeps at most {MAX_CMDLINE_BYTES}")
         if self.clock not in CLOCKS:

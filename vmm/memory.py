@@ -41,7 +41,9 @@ class GuestMemory:
             flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
             self._map = mmap.mmap(-1, size, flags=flags)
         except (OSError, OverflowError, ValueError) as error:
-            raise ConfigError(f"the host cannot map {size} bytes of guest memory: {error}") from error
+            raise ConfigError(
+                f"the host cannot map {size >> 20} MiB of guest memory: {error}; give the machine less"
+            ) from error
         self._view = memoryview(self._map)
         anchor = ctypes.c_char.from_buffer(self._map)
         self.host_address = ctypes.addressof(anchor)

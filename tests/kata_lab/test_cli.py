@@ -38,6 +38,7 @@ def test_what_needs_no_machine_imports_nothing_heavy(arguments: str) -> None:
         (["boot", "--vcpus", "two"], "'two' is not a whole number"),
         (["boot", "--memory", "0"], "memory_mib is 0"),
         (["boot", "--memory", "much"], "'much' is no amount of memory"),
+        (["bench", "compute", "--size", "0"], "loops 0 times as long cannot be run"),
         (["boot", "--memory", "1K"], "'1K' is no amount of memory"),
         (["boot", "--clock", "fast"], "it must be 'real' or 'deterministic'"),
         (["boot", "--clock", "deterministic", "--vcpus", "2"], "the deterministic clock needs vcpus = 1"),

@@ -59,6 +59,7 @@ def test_a_field_that_resembles_none_is_answered_with_all() -> None:
         ({"kernel": 7}, "kernel is 7, it must be the path of a file"),
         ({"initrd": ""}, "initrd is '', it must be the path of a file"),
         ({"cmdline": "a\0b"}, "without zero bytes"),
+        ({"cmdline": "quiet\nkata.run=true"}, "must be one line"),
         ({"cmdline": "x" * 1024}, "cmdline has 1024 bytes, Linux keeps at most 1023"),
         ({"clock": "fast"}, "clock is 'fast', it must be 'real' or 'deterministic'"),
         ({"clock": "deterministic", "vcpus": 2}, "deterministic clock needs vcpus = 1, not 2"),
