@@ -79,3 +79,21 @@ def test_a_cache_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
 
     assert done.returncode == 1
     assert "let KATA_LAB_HOME name a writable directory" in done.stderr.splitlines()[-1]
+
+
+def test_whoever_waits_for_anothers_compilation_is_told(home: Path) -> None:
+    compiled(home).unlink()
+    program = (
+        "from vmm.engine.rv64.hart import Rv64Engine\n"
+        "Rv64Engine.prepare(lambda fraction, what: print(f'{fraction:.2f} {what}', flush=True))\n"
+    )
+    environment = dict(os.environ, KATA_LAB_HOME=str(home))
+    started = [
+        subprocess.Popen([sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    told = [process.communicate(timeout=200)[0] for process in started]
+
+    assert [process.returncode for process in started] == [0, 0]
+    assert sorted("waiting for another process" in text for text in told) == [False, True]
+    assert sorted("loading numba" in text for text in told) == [False, True]

@@ -79,10 +79,15 @@ def _fingerprint() -> str:
 
 
 @contextlib.contextmanager
-def _exclusive(directory: Path) -> Iterator[None]:
+def _exclusive(directory: Path, progress: ProgressCallback | None) -> Iterator[None]:
     """One compilation at a time: whoever comes second finds the first one's result."""
     with (directory / "build.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if progress:
+                progress(0.0, "waiting for another process that compiles it")
+            fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
@@ -188,13 +193,13 @@ def load(progress: ProgressCallback | None = None) -> Library:
         try:
             if not target.exists():
                 directory.mkdir(parents=True, exist_ok=True)
-                with _exclusive(directory):
+                with _exclusive(directory, progress):
                     if not target.exists():
                         _build(target, progress)
             try:
                 _loaded = Library(target.read_bytes())
             except EngineError:
-                with _exclusive(directory):
+                with _exclusive(directory, progress):
                     _build(target, progress)
                 _loaded = Library(target.read_bytes())
         except OSError as error:
