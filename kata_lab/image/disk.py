@@ -114,6 +114,8 @@ def _make_ext4(tree: RootTree, root: Path, place: Path, name: str) -> None:
 
 def _set_inode(path: str, node: Node) -> str:
     """Commands of debugfs(8) that give an inode its owner and no time."""
+    if '"' in path:  # it would end the name, and what follows would be a command
+        raise ImageError(f"/{path} cannot be in an ext4 root: its name has a quotation mark, so exclude it")
     quoted = f'"/{path}"'
     fields = {"uid": node.uid, "gid": node.gid, "mode": f"0{node.mode:o}"}
     fields |= {f"{kind}time{extra}": "0" for kind in "acm" for extra in ("", "_extra")}

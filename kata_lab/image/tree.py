@@ -25,6 +25,7 @@ OWN = "(kata-lab)"
 """The owner of what no package brought."""
 
 _MOST_LINKS = 40  # as the kernel's own limit, MAXSYMLINKS
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _TYPES = {"file": stat.S_IFREG, "hardlink": stat.S_IFREG, "character": stat.S_IFCHR, "block": stat.S_IFBLK}
 
 
@@ -181,6 +182,8 @@ class RootTree:
         Raises:
             ImageError: it leaves the root, goes through a file, or its links go in a circle.
         """
+        if _CONTROL.search(path):
+            raise ImageError(f"{path!r} is refused: the name of a file should have no control characters")
         waiting = [part for part in path.split("/") if part not in ("", ".")][::-1]
         done: list[str] = []
         links = 0

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -207,6 +209,7 @@ def test_service_without_its_program_is_refused(archive: FakeMirror, signer: Sig
         ({"usr/lib/link": "../../../etc/passwd"}, "outside the root"),
         ({"link": "/../etc"}, "outside the root"),
         ({"usr/a": "b", "usr/b": "a", "usr/a/file": b"x"}, "in a circle"),
+        ({"usr/line\nbreak": b"x"}, "no control characters"),
         ({"usr/file": b"x", "usr/file/below": b"x"}, "not a directory"),
         ({"lib/libc.so.6": b"another library"}, "both have"),
     ],
@@ -259,6 +262,40 @@ def test_failed_build_leaves_the_previous_image(archive: FakeMirror, signer: Sig
     kept = Library().find("tiny")
     kept.verify()
     assert kept == first
+
+
+def test_killed_build_leaves_the_previous_image_and_hinders_no_other(
+    archive: FakeMirror, signer: Signer, home: Path, tmp_path: Path
+) -> None:
+    first = build(archive, signer, home)
+    data = changed(lambda data: data["packages"].append("busybox-static"))
+    (tmp_path / "tiny.json").write_text(json.dumps(data))
+    archive.faults["busybox-static_1-1_riscv64.deb"] = "stall"
+    building = subprocess.Popen(
+        [sys.executable, "-m", "kata_lab", "image", "build", str(tmp_path / "tiny.json"), "--mirror", archive.uri],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[3]), "KATA_LAB_KEYRING": str(signer.keyring)},
+        stderr=subprocess.DEVNULL,
+    )
+    assert archive.stalled.wait(60)
+    building.kill()
+    building.wait()
+
+    assert Library().find("tiny") == first
+    archive.faults.clear()
+    archive.release.set()
+    second = build(archive, signer, home, data)
+    assert "usr/bin/busybox" in read_newc(second.root.read_bytes())
+
+
+def test_name_that_would_be_a_command_of_the_disk_tool_is_refused(
+    archive: FakeMirror, signer: Signer, home: Path
+) -> None:
+    archive.packages["hostile"] = ("", {'usr/x" mode 0': b"x"})
+    archive.publish()
+    data = changed(lambda data: data.update(root={"format": "ext4"}, packages=["micropython", "hostile"]))
+
+    with pytest.raises(ImageError, match="has a quotation mark"):
+        build(archive, signer, home, data)
 
 
 @pytest.mark.parametrize(

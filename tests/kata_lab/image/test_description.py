@@ -55,6 +55,7 @@ def test_services_are_put_in_the_order_of_their_start() -> None:
         (lambda data: data.update(files={"/etc/../../x": {"text": ""}}), "$.files", "no empty, '.' or '..' parts"),
         (lambda data: data.update(files={"etc/x": {"text": ""}}), "$.files:", '"etc/x"'),
         (lambda data: data.update(files={"/x": {"text": "", "link": "y"}}), "$.files", "exactly one of"),
+        (lambda data: data.update(users=[{"name": "a", "uid": 1, "home": "/a:b"}]), "$.users[0].home:", "the form"),
         (lambda data: data.update(exclude={"packages": ["micropython"]}), "$.exclude.packages[0]:", "$.packages"),
         (lambda data: data.update(users=[{"name": "a", "uid": 1}, {"name": "b", "uid": 1}]), "$.users[1].uid:", "'1'"),
     ],
