@@ -257,6 +257,38 @@ def test_a_remote_fence_returns_when_a_running_hart_has_done_it(memory: GuestMem
         assert other.instructions == 0
 
 
+def test_a_hart_at_a_device_during_a_remote_fence_goes_on_with_the_new_translation(memory: GuestMemory) -> None:
+    root, table, mapped = RAM + 0x1_0000, RAM + 0x1_1000, 0xC000_0000
+    leaf = 0xCF  # valid, readable, writable, executable, accessed, dirty
+    for entry, value in (
+        (root, leaf),
+        (root + 8 * 2, RAM >> 2 | leaf),
+        (root + 8 * 3, table >> 2 | 1),
+        (table, RAM >> 2 | leaf),
+        (RAM + 0x1000, 1),
+        (RAM + 0x20_1000, 2),
+    ):
+        memory.write_int(entry, 8, value)
+    memory.write(RAM, word("ld", rd=6, rs1=10) + word("lw", rd=7, rs1=11) + word("ld", rd=5, rs1=10) + word("ecall"))
+    with Rv64Engine(memory, harts=2) as engine:
+        hart = engine.harts[1]
+        hart.reset(RAM)
+        hart.csr["satp"] = 8 << 60 | root >> 12
+        hart.x[10], hart.x[11] = mapped + 0x1000, DEVICE
+        assert hart.run().reason is ExitReason.MMIO_READ
+        hart.complete_read(0)
+        assert hart.run().reason is ExitReason.SBI_CALL
+        hart.pc = RAM
+        assert hart.run().reason is ExitReason.MMIO_READ
+
+        memory.write_int(table, 8, RAM + 0x20_0000 >> 2 | leaf)
+        engine.remote_sfence_vma([1], caller=0)
+        hart.complete_read(7)
+
+        assert hart.run().reason is ExitReason.SBI_CALL
+        assert (hart.x[6], hart.x[7], hart.x[5]) == (1, 7, 2)
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [

@@ -8,17 +8,26 @@ from __future__ import annotations
 
 from vmm.engine.rv64.decoder import decode, prepare_step
 from vmm.engine.rv64.executor import straight
-from vmm.engine.rv64.layout import FETCH_ENTRY, ILLEGAL, PENDING_DONE, PENDING_FAULT, SHADOW_SPAN, TLB_ENTRIES, Hart
+from vmm.engine.rv64.layout import (
+    FETCH_ENTRY,
+    ILLEGAL,
+    PENDING_DONE,
+    PENDING_FAULT,
+    REQUEST_FLUSH,
+    SHADOW_SPAN,
+    TLB_ENTRIES,
+    Hart,
+)
 from vmm.engine.rv64.mmu import fetch_missed, hear_of_code
 from vmm.engine.rv64.native import acquire_i64, load_i64, native, publish_i64, store_i64
 from vmm.engine.rv64.operands import pc_of
-from vmm.engine.rv64.system import illegal, look_around, refuse_access, take_fault
+from vmm.engine.rv64.system import flush_as_asked, illegal, look_around, refuse_access, take_fault
 
 S_PC, S_RETIRED, S_LIMIT, S_INSIDE, S_PENDING = Hart.PC, Hart.RETIRED, Hart.LIMIT, Hart.INSIDE, Hart.PENDING
 S_EXIT, S_EXIT_KIND, S_FAULT, S_STEPPING = Hart.EXIT, Hart.EXIT_KIND, Hart.FAULT, Hart.STEPPING
 S_PAGE, S_PAGE_PC, S_NEXT_PC, S_SCRATCH = Hart.PAGE, Hart.PAGE_PC, Hart.NEXT_PC, Hart.SCRATCH
 S_STRADDLES, S_RECORD, S_STOP = Hart.STRADDLES, Hart.RECORD, Hart.STOP
-S_FETCH_TLB = Hart.FETCH_TLB
+S_FETCH_TLB, S_REQUESTS = Hart.FETCH_TLB, Hart.REQUESTS
 TLB_MASK = TLB_ENTRIES - 1
 
 
@@ -87,6 +96,9 @@ def run(s: int) -> int:
     store_i64(s + S_EXIT, 0)
     # An access that the VMM has answered is finished before any interrupt.
     fresh = load_i64(s + S_PENDING) != PENDING_DONE
+    if not fresh and acquire_i64(s + S_REQUESTS) & REQUEST_FLUSH:
+        # But not before a fence that took the hart for outside: no look around comes between it and what follows.
+        flush_as_asked(s)
     while True:
         if fresh and retired >= acquire_i64(s + S_LIMIT):
             pc = look_around(s, pc, retired)

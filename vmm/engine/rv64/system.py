@@ -459,6 +459,15 @@ def is_endless(s: int, pc: int) -> int:
 
 
 @native
+def flush_as_asked(s: int) -> int:
+    """Carry out another hart's remote fence."""
+    asked = acquire_i64(s + S_FLUSHES_ASKED)
+    flush_tlb(s)
+    fence_instructions(s)
+    return publish_i64(s + S_FLUSHES_DONE, asked)
+
+
+@native
 def look_around(s: int, pc: int, retired: int) -> int:
     """What a hart does now and then: requests, code pages, timer, interrupts. Returns the next pc."""
     store_i64(s + S_RETIRED, retired)
@@ -466,10 +475,7 @@ def look_around(s: int, pc: int, retired: int) -> int:
     if requests:
         requests = atomic_swap_i64(s + S_REQUESTS, 0)
     if requests & REQUEST_FLUSH:
-        asked = acquire_i64(s + S_FLUSHES_ASKED)
-        flush_tlb(s)
-        fence_instructions(s)
-        publish_i64(s + S_FLUSHES_DONE, asked)
+        flush_as_asked(s)
     hear_of_code(s)
     update_timer(s, retired)
     pending = deliverable(s)
@@ -496,6 +502,7 @@ CALLED = [
     access_csr,
     environment_call,
     fence_translations,
+    flush_as_asked,
     illegal,
     look_around,
     return_from_trap,
