@@ -24,14 +24,10 @@ from vmm.errors import EngineError
 ENTRY_POINTS = {
     "run": "loop",
     "translate": "mmu",
-    "overwrite_code": "mmu",
-    "drop_records": "mmu",
     "flush_tlb": "mmu",
     "select_tlbs": "mmu",
-    "decode_word": "decoder",
     "read_csr": "system",
     "write_csr": "system",
-    "ticks": "system",
     "update_timer": "system",
     "post": "requests",
     "overwrite_range": "requests",
@@ -59,7 +55,7 @@ def _compile() -> tuple[dict[str, Any], list[Any]]:
         importlib.import_module(f"vmm.engine.rv64.{module}")
 
     _say(0.30, "address translation")
-    from vmm.engine.rv64 import decoder, mmu
+    from vmm.engine.rv64 import mmu
 
     _say(0.38, "traps and registers")
     from vmm.engine.rv64 import requests, system
@@ -67,7 +63,7 @@ def _compile() -> tuple[dict[str, Any], list[Any]]:
     _say(0.45, "instructions")
     from vmm.engine.rv64 import executor, loop
 
-    modules = {"mmu": mmu, "decoder": decoder, "system": system, "requests": requests, "loop": loop}
+    modules = {"mmu": mmu, "system": system, "requests": requests, "loop": loop}
     functions: dict[str, Any] = {name: getattr(modules[module], name) for name, module in ENTRY_POINTS.items()}
     return functions, executor.compile_groups()
 

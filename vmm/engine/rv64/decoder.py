@@ -84,15 +84,11 @@ def _describe(row: Instruction) -> list[int]:
     ]
 
 
-def _bucket(word: int) -> int:
-    """Which bucket a word belongs to: opcode and funct3 of long words, quadrant and funct3 of short ones."""
-    if word & 3 == 3:
-        return (word >> 2 & 31) << 3 | word >> 12 & 7
-    return 256 + ((word & 3) << 3 | word >> 13 & 7)
-
-
 def _tables() -> list[int]:
-    """Bucket starts (BUCKETS + 1 of them), then rows, bucket by bucket."""
+    """Bucket starts (BUCKETS + 1 of them), then rows, bucket by bucket.
+
+    A word's bucket is opcode and funct3 of long words, quadrant and funct3 of short ones.
+    """
     starts: list[int] = []
     rows: list[list[int]] = []
     for bucket in range(BUCKETS):

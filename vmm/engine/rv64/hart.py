@@ -369,10 +369,6 @@ class Hart:
         """Let go of the memory that holds this hart's state: from here on every use is an error."""
         self._state = self.x = self.f = Gone()
 
-    def flush_translations(self) -> None:
-        """Drop all cached translations."""
-        self._engine.call_flush_tlb(self._address)
-
 
 def _signed(value: int) -> int:
     value &= MASK64
