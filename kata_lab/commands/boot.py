@@ -3,12 +3,12 @@
 Exit status, like ssh's that of what ran at the other end: the status which the guest's init tells on its last line
 ("kata-lab: exit status N"), 0 for a guest that ends without telling one; and
 
-======  ==============================================================
+======  ======================================================================================
 121     the guest shut down and gave a system failure as its reason
-122     the machine could not go on: an engine or device fault, or a hart that waits for nothing
+122     the machine could not go on: an engine or device fault, no hart left to run, or the last one hangs
 123     the guest's kernel panicked
 124     the time given with ``--timeout`` passed
-======  ==============================================================
+======  ======================================================================================
 
 With 121 to 124 the report of the machine is on standard error.
 """
