@@ -20,6 +20,7 @@ from urllib.parse import unquote
 KERNEL = bytes(56) + b"RSC\x05" + b"kernel" * 1000
 BUSYBOX = b"\x7fELF busybox " * 500
 RELEASE = "6.99-riscv64"
+X86_KERNEL = bytes(0x202) + b"HdrS" + b"kernel" * 1000
 INDEX = "main/binary-riscv64/Packages"
 
 
@@ -128,6 +129,7 @@ class FakeMirror:
         self.release = threading.Event()
         self.files: dict[str, bytes] = {}
         self.uri = ""
+        self.architecture = "riscv64"
         self.packages: dict[str, tuple[str, dict[str, bytes | str]]] = {}
         self.modules: dict[str, bytes] = {}
         self.publish()
@@ -137,11 +139,13 @@ class FakeMirror:
 
         `packages` (name → dependencies and files) are in it too, and `modules` (name → content) in its kernel.
         """
-        kernel: dict[str, bytes | str] = {f"boot/vmlinux-{release}": KERNEL + release.encode()}
+        architecture = self.architecture
+        program = X86_KERNEL if architecture == "amd64" else KERNEL
+        kernel: dict[str, bytes | str] = {f"boot/vmlinux-{release}": program + release.encode()}
         for name, content in self.modules.items():
             kernel[f"usr/lib/modules/{release}/kernel/{name}.ko.xz"] = lzma.compress(content)
         packages: dict[str, tuple[str, dict[str, bytes | str]]] = {
-            "linux-image-riscv64": (f"linux-image-{release} (= 1)", {}),
+            f"linux-image-{architecture}": (f"linux-image-{release} (= 1)", {}),
             f"linux-image-{release}": ("", kernel),
             "busybox-static": ("", {"usr/bin/busybox": BUSYBOX}),
             **self.packages,
@@ -149,18 +153,21 @@ class FakeMirror:
         self.files = {}
         index = ""
         for name, (depends, files) in packages.items():
-            control = f"Package: {name}\nVersion: 1:1-1\nArchitecture: riscv64\nMaintainer: test\nDescription: test\n"
+            control = (
+                f"Package: {name}\nVersion: 1:1-1\nArchitecture: {architecture}\nMaintainer: test\nDescription: test\n"
+            )
             control += f"Depends: {depends}\n" if depends else ""
             deb = build_deb(control, files)
-            path = f"pool/{name}_1-1_riscv64.deb"
+            path = f"pool/{name}_1-1_{architecture}.deb"
             self.files[f"/{path}"] = deb
             index += f"{control}Filename: {path}\nSize: {len(deb)}\nSHA256: {hashlib.sha256(deb).hexdigest()}\n\n"
         digest = hashlib.sha256(index.encode()).hexdigest()
+        path = INDEX.replace("riscv64", architecture)
         statement = (
             "Origin: Test\nSuite: trixie\nCodename: trixie\nDate: Sat, 01 Aug 2026 00:00:00 UTC\n"
-            f"Architectures: riscv64\nComponents: main\nSHA256:\n {digest} {len(index)} {INDEX}\n"
+            f"Architectures: {architecture}\nComponents: main\nSHA256:\n {digest} {len(index)} {path}\n"
         ).encode()
-        self.files[f"/dists/trixie/{INDEX}"] = index.encode()
+        self.files[f"/dists/trixie/{path}"] = index.encode()
         self.files["/dists/trixie/Release"] = statement
         self.files["/dists/trixie/InRelease"] = (signer or self._signer).sign(statement)
 

@@ -18,7 +18,7 @@ from kata_lab.errors import ImageError
 from kata_lab.image.build import BuildOptions, build_image
 from kata_lab.image.description import parse_description
 from kata_lab.image.library import Image, Library
-from tests.kata_lab.image.fake_mirror import KERNEL, RELEASE, FakeMirror, Signer, build_module
+from tests.kata_lab.image.fake_mirror import KERNEL, RELEASE, X86_KERNEL, FakeMirror, Signer, build_module
 from tests.kata_lab.image.test_cpio import read_newc
 
 DESCRIPTION: dict[str, Any] = {
@@ -285,6 +285,37 @@ def test_killed_build_leaves_the_previous_image_and_hinders_no_other(
     archive.release.set()
     second = build(archive, signer, home, data)
     assert "usr/bin/busybox" in read_newc(second.root.read_bytes())
+
+
+def test_amd64_image_has_its_kernel_loader_and_system_call(archive: FakeMirror, signer: Signer, home: Path) -> None:
+    archive.architecture = "amd64"
+    archive.packages["libc6"] = ("", {"lib64/ld-linux-x86-64.so.2": b"loader"})
+    archive.publish()
+
+    def change(data: dict[str, Any]) -> None:
+        data["base"]["architecture"] = "amd64"
+        data["kernel"]["package"] = "linux-image-amd64"
+
+    image = build(archive, signer, home, changed(change))
+
+    root = read_newc(image.root.read_bytes())
+    assert image.kernel.read_bytes() == X86_KERNEL + RELEASE.encode()
+    assert root["usr/lib64/ld-linux-x86-64.so.2"].data == b"loader"
+    assert root["lib64"].data == b"usr/lib64"
+    assert json.loads(root["etc/kata-lab/init.json"].data)["finit_module"] == 313
+
+
+def test_kernel_of_another_architecture_is_refused(archive: FakeMirror, signer: Signer, home: Path) -> None:
+    archive.architecture = "amd64"
+    archive.packages["linux-image-amd64"] = ("", {f"boot/vmlinuz-{RELEASE}": KERNEL})
+    archive.publish()
+
+    def change(data: dict[str, Any]) -> None:
+        data["base"]["architecture"] = "amd64"
+        data["kernel"]["package"] = "linux-image-amd64"
+
+    with pytest.raises(ImageError, match="not an x86 bzImage"):
+        build(archive, signer, home, changed(change))
 
 
 def test_name_that_would_be_a_command_of_the_disk_tool_is_refused(
