@@ -10,7 +10,7 @@ import pytest
 from kata_lab.image.boot import EXIT_STATUS, append_running
 from kata_lab.image.build import SERVICES_MARKER, BuildOptions, build_image, build_named
 from kata_lab.image.description import find_description, load_description, parse_description
-from kata_lab.image.library import Image
+from kata_lab.image.library import Image, Library
 from vmm.actions import EndKind
 from vmm.config import VmConfig
 from vmm.microvm import MicroVm
@@ -78,6 +78,8 @@ def test_init_keeps_order_and_restarts_as_described(lifsea: Image, tmp_path: Pat
     image = build_image(parse_description(data), BuildOptions(lock=tmp_path / "restarts.lock.json", progress="off"))
 
     console = run(image, "sleep 1; kill -9 $(pidof sleep); sleep 0.2; cat /run/order")
+
+    Library().remove(image.name)
 
     order = [line for line in console.splitlines() if line in ("once", "last", "flaky", "done")]
     assert order[0] == "once"
