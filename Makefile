@@ -108,6 +108,8 @@ system-test: system-demo
 	need gnupg 'signs the archives that the tests make' command -v gpg
 	need dpkg 'makes the packages that the tests read' command -v dpkg-deb
 	need util-linux 'runs a test as somebody else than root' command -v setpriv
+	need erofs-utils 'makes and checks read-only disk roots' env PATH="$$PATH:/usr/sbin:/sbin" sh -c 'command -v mkfs.erofs fsck.erofs'
+	need e2fsprogs 'makes and checks ext4 disk roots' env PATH="$$PATH:/usr/sbin:/sbin" sh -c 'command -v mke2fs e2fsck'
 	install_needed
 
 $(VENV)/.made: | system-demo
