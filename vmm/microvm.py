@@ -200,6 +200,38 @@ class Machine:
         self._built.close()
 
 
+class LoopThread:
+    """A thread that runs an event loop. It can be stopped even if an exception cut its start short, as Ctrl-C does."""
+
+    _START_SECONDS = 1.0  #: a thread that was started runs by then
+
+    def __init__(self) -> None:
+        self._ready = threading.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._leave: asyncio.Event | None = None
+        self.thread = threading.Thread(target=lambda: asyncio.run(self._live()), name="vm-loop", daemon=True)
+
+    def start(self) -> asyncio.AbstractEventLoop:
+        """Start the thread; returns when the loop runs."""
+        self.thread.start()
+        self._ready.wait()
+        assert self._loop is not None
+        return self._loop
+
+    async def _live(self) -> None:
+        self._loop, self._leave = asyncio.get_running_loop(), asyncio.Event()
+        self._ready.set()
+        await self._leave.wait()
+
+    def stop(self) -> None:
+        """End the loop and its tasks, and wait for the thread."""
+        if self._ready.wait(self._START_SECONDS) and self._loop is not None and self._leave is not None:
+            # Closed already by an earlier call.
+            with contextlib.suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._leave.set)
+            self.thread.join()
+
+
 class MicroVm:
     """One virtual machine; a context manager.
 
@@ -223,8 +255,8 @@ class MicroVm:
         self._closing = threading.Lock()
         self._closed = False
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._loop_thread: threading.Thread | None = None
-        self._leave: asyncio.Event | None = None
+        # More than one only if Ctrl-C came while the first one started.
+        self._loop_threads: list[LoopThread] = []
         self._order = asyncio.Lock()
         self._vcpus_changed = asyncio.Event()
         self._handlers: dict[type[Any], Callable[[Any], Awaitable[object]]] = {
@@ -299,11 +331,11 @@ class MicroVm:
         if handler is None:
             known = ", ".join(each.__name__ for each in self._handlers)
             raise ConfigError(f"{action!r} is no action; the actions are {known}")
-        carrying_out = self._carry_out(cast(Callable[[VmmAction[AnswerT]], Awaitable[AnswerT]], handler), action)
+        carrying_out = cast(Callable[[VmmAction[AnswerT]], Awaitable[AnswerT]], handler)
         with self._lock:
             if not self._closed:
-                return asyncio.run_coroutine_threadsafe(carrying_out, self._running_loop())
-        carrying_out.close()
+                loop = self._running_loop()
+                return asyncio.run_coroutine_threadsafe(self._carry_out(carrying_out, action), loop)
         refused: concurrent.futures.Future[AnswerT] = concurrent.futures.Future()
         refused.set_exception(StateError(f"{action.name} came to a VM that is closed; make a new one"))
         return refused
@@ -390,10 +422,8 @@ class MicroVm:
             finally:
                 with self._lock:
                     self._closed = True
-                    loop, leave, thread = self._loop, self._leave, self._loop_thread
-                if loop is not None and leave is not None and thread is not None and thread.is_alive():
-                    loop.call_soon_threadsafe(leave.set)
-                    thread.join()
+                for each in self._loop_threads:
+                    each.stop()
                 machine, self._machine = self._machine, None
                 if machine is not None:
                     machine.close()
@@ -424,7 +454,9 @@ class MicroVm:
 
     def _refuse_own_thread(self, what: str) -> None:
         machine, current = self._machine, threading.current_thread()
-        if current is self._loop_thread or (machine is not None and any(each.runs_here for each in machine.vcpus)):
+        if any(current is each.thread for each in self._loop_threads) or (
+            machine is not None and any(each.runs_here for each in machine.vcpus)
+        ):
             raise StateError(f"{what} would wait for the thread it is called on, {current.name}; use request() there")
 
     def _word(self) -> str:
@@ -434,21 +466,9 @@ class MicroVm:
 
     def _running_loop(self) -> asyncio.AbstractEventLoop:
         if self._loop is None:
-            ready = threading.Event()
-            self._loop_thread = threading.Thread(target=self._run_loop, args=(ready,), name="vm-loop", daemon=True)
-            self._loop_thread.start()
-            ready.wait()
-        assert self._loop is not None
+            self._loop_threads.append(LoopThread())
+            self._loop = self._loop_threads[-1].start()
         return self._loop
-
-    def _run_loop(self, ready: threading.Event) -> None:
-        async def live() -> None:
-            self._leave = asyncio.Event()
-            self._loop = asyncio.get_running_loop()
-            ready.set()
-            await self._leave.wait()
-
-        asyncio.run(live())
 
     async def _carry_out(
         self, handler: Callable[[VmmAction[AnswerT]], Awaitable[AnswerT]], action: VmmAction[AnswerT]

@@ -520,6 +520,25 @@ def test_ctrl_c_while_waiting_leaves_no_thread(make_vm: MakeVm) -> None:
     assert threading.active_count() == before
 
 
+def test_ctrl_c_while_the_vms_own_thread_starts_leaves_no_thread(
+    make_vm: MakeVm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start, before = threading.Thread.start, threading.active_count()
+    vm = make_vm(Program().forever())
+
+    def interrupted(thread: threading.Thread) -> None:
+        start(thread)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            vm.start()
+    vm.close()
+
+    assert threading.active_count() == before
+
+
 def wait_until(condition: Callable[[], bool], seconds: float = 30.0) -> bool:
     """Whether ``condition`` came true in time."""
     deadline = time.monotonic() + seconds
