@@ -98,7 +98,12 @@ class GuestMemory:
         self._listeners.remove(listener)
 
     def notify(self, address: int, length: int) -> None:
-        """Tell the listeners that ``length`` bytes at ``address`` were written through a view."""
+        """Tell the listeners that ``length`` bytes at ``address`` were written through a view.
+
+        Raises:
+            GuestAddressError: they are not inside memory.
+        """
+        self._offset(address, length)
         for listener in self._listeners:
             listener(address, length)
 

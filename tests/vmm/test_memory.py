@@ -38,6 +38,11 @@ def test_range_outside_memory_is_refused(memory: GuestMemory, address: int, leng
         memory.view(address, length)
 
 
+def test_notice_of_a_write_outside_memory_is_refused(memory: GuestMemory) -> None:
+    with pytest.raises(GuestAddressError):
+        memory.notify(BASE, SIZE + 1)
+
+
 def test_last_byte_belongs_to_memory(memory: GuestMemory) -> None:
     memory.write(BASE + SIZE - 1, b"z")
 
