@@ -343,10 +343,12 @@ class Archive:
         complaints: list[str] = []
         with (
             Progress(title, total=size or 100, unit="B" if size else "", mode=self._progress) as bar,
+            # What apt-get leaves behind when it is ended in the middle goes with this directory.
+            scratch(self._directory) as temporary,
             subprocess.Popen(
                 ["apt-get", "-q", "-oAPT::Status-Fd=1", *arguments],
                 cwd=place,
-                env=self._environment(),
+                env={**self._environment(), "TMPDIR": str(temporary)},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
