@@ -112,11 +112,12 @@ def build_parser() -> argparse.ArgumentParser:
 
     add_image_arguments(commands.add_parser("image", help="build guest images and look into them"), _Parser)
 
-    bench = commands.add_parser("bench", help="measure, side by side with qemu-system-riscv64")
+    bench = commands.add_parser("bench", help="measure, side by side with qemu-system-riscv64, or two images")
     kinds = bench.add_subparsers(title="benchmarks", dest="kind", required=True, parser_class=_Parser)
     for kind, told in (
         ("boot", "from exec to the first line of userland; idle cost; memory"),
         ("compute", "loops on one hart, and on two"),
+        ("image", "the lifsea image against the debian image: packages, size, boot to services"),
     ):
         each = kinds.add_parser(kind, help=told, allow_abbrev=False)
         each.add_argument("--json", action="store_true", help="print plain data")
@@ -124,7 +125,7 @@ def build_parser() -> argparse.ArgumentParser:
         if kind == "boot":
             each.add_argument("--cold", action="store_true", help="measure the one-time compilation too")
             each.add_argument("--idle", type=_seconds, default=10.0, metavar="S", help="seconds of idling (default 10)")
-        else:
+        elif kind == "compute":
             each.add_argument("--size", type=_factor, default=1.0, metavar="X", help="length of the loops (default 1)")
         each.set_defaults(run=_bench)
     return parser
@@ -157,8 +158,10 @@ def _boot(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    from kata_lab.bench.command import run_boot, run_compute
+    from kata_lab.bench.command import run_boot, run_compute, run_image
 
+    if options.kind == "image":
+        return run_image(options.runs, options.json)
     if options.kind == "boot":
         return run_boot(options.runs, options.json, options.idle, options.cold)
     return run_compute(options.runs, options.json, options.size)

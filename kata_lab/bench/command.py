@@ -9,6 +9,7 @@ from typing import Any
 
 from kata_lab.bench.boot import BootFigures, measure_boot
 from kata_lab.bench.compute import ComputeFigures, measure_compute
+from kata_lab.bench.image import ImageFigures, measure_images
 
 _DIGITS = 4
 
@@ -24,6 +25,13 @@ def run_compute(runs: int, as_json: bool, size: float) -> int:
     """``kata-lab bench compute``; the exit status."""
     figures = measure_compute(runs, size)
     print(_json(figures) if as_json else compute_table(figures))
+    return 0
+
+
+def run_image(runs: int, as_json: bool) -> int:
+    """``kata-lab bench image``; the exit status."""
+    figures = measure_images(runs)
+    print(_json(figures) if as_json else image_table(figures))
     return 0
 
 
@@ -63,13 +71,30 @@ def compute_table(figures: ComputeFigures) -> str:
     return _table(rows, figures.runs, figures.versions)
 
 
+def image_table(figures: ImageFigures) -> str:
+    """For a person."""
+    lifsea, debian = figures.lifsea, figures.debian
+    rows = [
+        ("", "lifsea", "debian"),
+        ("packages", str(lifsea.packages), str(debian.packages)),
+        ("  fewer than debian", f"{figures.fewer_packages:.0%}", ""),
+        ("root, MiB", _mib(lifsea.bytes), _mib(debian.bytes)),
+        ("  less than debian", f"{figures.fewer_bytes:.0%}", ""),
+        ("exec to services up, s", f"{lifsea.boot_s:.2f}", f"{debian.boot_s:.2f}"),
+        ("  spread of runs", f"{lifsea.boot_spread:.0%}", f"{debian.boot_spread:.0%}"),
+        ("  times sooner than debian", f"{figures.times_sooner:.1f}", ""),
+        ("memory (PSS) at services up, MiB", _mib(lifsea.pss_bytes), _mib(debian.pss_bytes)),
+    ]
+    return _table(rows, figures.runs, figures.versions)
+
+
 def _mib(count: int) -> str:
     return f"{count / (1 << 20):.0f}"
 
 
 def _table(rows: list[tuple[str, str, str]], runs: int, versions: dict[str, str]) -> str:
     width = max(len(row[0]) for row in rows)
-    lines = [f"{name:{width}}  {ours:>8}  {qemu:>8}".rstrip() for name, ours, qemu in rows]
+    lines = [f"{name:{width}}  {ours:>8}  {theirs:>8}".rstrip() for name, ours, theirs in rows]
     lines.append(f"medians of {runs} run{'s' if runs > 1 else ''} in turns; " + ", ".join(_told(versions)))
     return "\n".join(lines)
 
@@ -78,7 +103,7 @@ def _told(versions: dict[str, str]) -> list[str]:
     return [f"{name} {version}" for name, version in versions.items()]
 
 
-def _json(figures: BootFigures | ComputeFigures) -> str:
+def _json(figures: BootFigures | ComputeFigures | ImageFigures) -> str:
     return json.dumps(_rounded(asdict(figures)), indent=1)
 
 
