@@ -85,7 +85,8 @@ test: system-test $(VENV)/.test
 	$(BIN)/pytest </dev/null
 
 lab: system-demo $(VENV)/.lab
-	exec $(BIN)/jupyter lab notebooks
+	[ "$$(id -u)" != 0 ] || set -- --allow-root
+	exec $(BIN)/jupyter lab "$$@" notebooks
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
