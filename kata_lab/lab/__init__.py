@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from kata_lab.lab.boot_views import boot_timeline, exits_chart, milestone_table
     from kata_lab.lab.console_view import ConsoleView, transcript
     from kata_lab.lab.exercise import Feedback
+    from kata_lab.lab.image_views import difference_table, image_table, size_chart, steps_chart
+    from kata_lab.lab.image_workshop import Workshop, seconds_to_services
     from kata_lab.lab.machines import Machines
     from kata_lab.lab.memory_view import address_table, draw_touched, touched_bytes
     from kata_lab.lab.picture import Picture, Table
@@ -29,6 +31,8 @@ _HOMES = {
     "boot_views": ("boot_timeline", "exits_chart", "milestone_table"),
     "console_view": ("ConsoleView", "transcript"),
     "exercise": ("Feedback",),
+    "image_views": ("difference_table", "image_table", "size_chart", "steps_chart"),
+    "image_workshop": ("Workshop", "seconds_to_services"),
     "machines": ("Machines",),
     "memory_view": ("address_table", "draw_touched", "touched_bytes"),
     "picture": ("Picture", "Table"),
@@ -44,17 +48,23 @@ __all__ = [
     "Outcome",
     "Picture",
     "Table",
+    "Workshop",
     "address_table",
     "boot_timeline",
     "code_table",
+    "difference_table",
     "draw_instruction",
     "draw_touched",
     "draw_tree",
     "exits_chart",
+    "image_table",
     "milestone_table",
     "register_table",
     "run_bare",
+    "seconds_to_services",
+    "size_chart",
     "step_table",
+    "steps_chart",
     "take_steps",
     "touched_bytes",
     "transcript",
