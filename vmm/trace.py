@@ -13,13 +13,14 @@ from __future__ import annotations
 import re
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from vmm.errors import ConfigError
 
 ACTIVITY_BUCKET_SECONDS = 0.01
+RECENT_EXITS = 64  #: how many of the last exits of each vCPU are kept
 
 FIRST_INSTRUCTION = "first instruction"
 FIRST_CONSOLE_BYTE = "first console byte"
@@ -69,11 +70,34 @@ class Activity:
     count: int
 
 
+@dataclass(frozen=True, slots=True)
+class RecentExit:
+    """One of the last exits: when (seconds since the start), where, and for what guest code stopped.
+
+    ``raw`` is the instruction word at ``pc``, None where it cannot be read.
+    """
+
+    seconds: float
+    vcpu: int
+    pc: int
+    raw: int | None
+    kind: str
+    name: str
+
+    @property
+    def instruction(self) -> str:
+        """Assembly of the instruction that stopped; empty where it cannot be read."""
+        from vmm.engine.rv64.disassembler import disassemble
+
+        return "" if self.raw is None else disassemble(self.raw, self.pc)
+
+
 class ExitRecorder:
     """The exits of one vCPU. Only its own thread writes to it."""
 
     def __init__(self, started_ns: Callable[[], int]) -> None:
         self._started_ns = started_ns
+        self.recent: deque[RecentExit] = deque(maxlen=RECENT_EXITS)
         self.totals: dict[tuple[str, str], list[int]] = {}
         self.activity: Counter[tuple[int, str]] = Counter()
 
@@ -88,6 +112,10 @@ class ExitRecorder:
             total[1] += spent
         bucket = (began_ns - self._started_ns()) // int(ACTIVITY_BUCKET_SECONDS * 1e9)
         self.activity[bucket, kind] += 1
+
+    def remember(self, vcpu: int, pc: int, raw: int | None, kind: str, name: str, began_ns: int) -> None:
+        """Keep an exit among the last ones."""
+        self.recent.append(RecentExit((began_ns - self._started_ns()) / 1e9, vcpu, pc, raw, kind, name))
 
 
 class Trace:
@@ -183,6 +211,13 @@ class Trace:
             sums.update(recorder.activity.copy())
         return tuple(
             Activity(bucket * ACTIVITY_BUCKET_SECONDS, kind, count) for (bucket, kind), count in sorted(sums.items())
+        )
+
+    @property
+    def recent(self) -> tuple[RecentExit, ...]:
+        """The last exits of every vCPU in the order of time, with the instructions that stopped."""
+        return tuple(
+            sorted((each for one in self._copy() for each in one.recent.copy()), key=lambda each: each.seconds)
         )
 
     def _copy(self) -> Iterable[ExitRecorder]:

@@ -244,10 +244,17 @@ class Vcpu:
             counts[reason] += 1
             if trace.enabled:
                 began = time.monotonic_ns()
+                kind, name = KINDS[reason], self._exit_name(ended)
+                self._recorder.remember(self.hart.id, *self._stopped_at(reason), kind, name, began)
                 self._serve(ended)
-                self._recorder.record(KINDS[reason], self._exit_name(ended), began)
+                self._recorder.record(kind, name, began)
             else:
                 self._serve(ended)
+
+    def _stopped_at(self, reason: ExitReason) -> tuple[int, int | None]:
+        """Address and word of the instruction that an exit came from. A WFI is over when it is looked at."""
+        pc = self.hart.pc - 4 if reason is ExitReason.HALTED else self.hart.pc
+        return pc, self.hart.instruction_at(pc)
 
     def _serve(self, ended: Exit) -> None:
         match ended.reason:

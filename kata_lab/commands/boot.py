@@ -168,9 +168,11 @@ def _finish(vm: MicroVm, options: BootOptions, in_time: bool) -> int:
         elif end.kind is EndKind.REBOOT:
             print(f"kata-lab: {end.detail}, which ends a micro-VM", file=sys.stderr)
     if options.trace:
-        from kata_lab.commands.timeline import exits_table, timeline
+        from kata_lab.commands.timeline import exits_table, recent_exits, timeline
 
-        print(timeline(vm.trace.milestones), exits_table(vm.trace.exits), sep="\n\n", file=sys.stderr)
+        trace = vm.trace
+        parts = timeline(trace.milestones), exits_table(trace.exits), recent_exits(trace.recent)
+        print(*parts, sep="\n\n", file=sys.stderr)
     return status
 
 

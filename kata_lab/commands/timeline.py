@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vmm.trace import ExitCount, Milestone
+from vmm.trace import ExitCount, Milestone, RecentExit
 
 BAR_WIDTH = 32
 MOST_EXITS = 20
+MOST_RECENT = 8
 
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
 
@@ -41,6 +42,14 @@ def exits_table(exits: Sequence[ExitCount]) -> str:
         rest = exits[MOST_EXITS:]
         count, seconds = sum(each.count for each in rest), sum(each.seconds for each in rest)
         lines.append(f"{f'{len(rest)} more':{width}}  {count:9,}  {seconds * 1e3:9.2f}")
+    return "\n".join(lines)
+
+
+def recent_exits(exits: Sequence[RecentExit]) -> str:
+    """The last exits: when, where, the instruction that stopped and what it wanted."""
+    lines = [f"{'last exits':16}  {'seconds':>8}  {'instruction':32}  for"]
+    for each in exits[-MOST_RECENT:]:
+        lines.append(f"{each.pc:016x}  {each.seconds:8.3f}  {each.instruction:32}  {each.kind} {each.name}".rstrip())
     return "\n".join(lines)
 
 

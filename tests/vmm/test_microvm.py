@@ -547,3 +547,16 @@ def wait_until(condition: Callable[[], bool], seconds: float = 30.0) -> bool:
             return False
         time.sleep(0.005)
     return True
+
+
+def test_the_trace_keeps_the_last_exits_with_the_instructions_that_stopped(make_vm: MakeVm) -> None:
+    vm = make_vm(Program().print("debug ").print_uart("serial").reset(), trace=True)
+
+    assert ended(vm) == "debug serial"
+
+    last = vm.trace.recent[-1]
+    assert (last.kind, last.instruction) == ("sbi call", "ecall")
+    stores = [each for each in vm.trace.recent if each.kind == "mmio write"]
+    assert len(stores) == len("serial")
+    assert all(each.instruction.startswith("sb ") and each.name == "uart" for each in stores)
+    assert [each.seconds for each in vm.trace.recent] == sorted(each.seconds for each in vm.trace.recent)

@@ -348,6 +348,18 @@ class Hart:
             self._set(offset, value)
         return None if found == -1 else found
 
+    def instruction_at(self, address: int) -> int | None:
+        """The 2- or 4-byte instruction word at a virtual address, None where memory cannot be read."""
+        word = 0
+        for offset in (0, 2):
+            physical = self.translate(address + offset)
+            if physical is None or physical not in self.memory:
+                return None
+            word |= self.memory.read_int(physical, 2) << 8 * offset
+            if word & 3 != 3:
+                break
+        return word
+
     def _access_csr(self, number: int, value: int | None = None) -> int:
         """Read, or write and return the old value, with S-mode's rights and FS on."""
         saved = {offset: self._get(offset) for offset in (At.PRIVILEGE, At.FS, At.SERIALISE)}
