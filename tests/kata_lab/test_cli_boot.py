@@ -80,11 +80,11 @@ def test_a_guest_that_takes_too_long_is_reported_and_ended() -> None:
     assert "=> " in report
 
 
-def test_the_trace_is_a_timeline_and_a_table_of_exits() -> None:
+def test_the_trace_is_a_timeline_a_table_of_exits_and_the_last_of_them() -> None:
     done = kata_lab("boot", "--trace", "--clock", "deterministic", "--run", "true")
 
     told = done.stderr.decode()
-    timeline, exits = told.split("\n\n")
+    timeline, exits, last = told.split("\n\n")
     assert [line.split("  ")[0] for line in timeline.splitlines()] == [
         "timeline",
         "first instruction",
@@ -93,6 +93,7 @@ def test_the_trace_is_a_timeline_and_a_table_of_exits() -> None:
         "power off",
     ]
     assert re.search(r"^mmio write uart +[\d,]+ +[\d.]+ +[\d.]+$", exits, re.MULTILINE)
+    assert re.search(r"^[0-9a-f]{16} +[\d.]+  ecall +sbi call srst.system_reset$", last.splitlines()[-1])
 
 
 def test_several_harts_come_online() -> None:
