@@ -9,6 +9,7 @@ terminal, a script, a notebook that is only read) the view is the text so far. E
 from __future__ import annotations
 
 import html
+import importlib.util
 import re
 import threading
 from types import TracebackType
@@ -135,8 +136,9 @@ class ConsoleView:
 
 def _widgets_can_run() -> bool:
     """Whether this is a notebook's kernel with ipywidgets."""
+    if importlib.util.find_spec("ipywidgets") is None:
+        return False
     try:
-        import ipywidgets  # noqa: F401
         from IPython import get_ipython
     except ImportError:
         return False

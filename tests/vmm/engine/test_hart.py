@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -299,9 +300,9 @@ def test_a_hart_at_a_device_during_a_remote_fence_goes_on_with_the_new_translati
         ({"timebase_hz": 3}, "a timebase of 3 Hz is not a whole number of nanoseconds"),
     ],
 )
-def test_an_impossible_engine_is_refused(memory: GuestMemory, arguments: dict[str, object], sentence: str) -> None:
+def test_an_impossible_engine_is_refused(memory: GuestMemory, arguments: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
-        Rv64Engine(memory, **arguments)  # type: ignore[arg-type]
+        Rv64Engine(memory, **arguments)
 
 
 def test_stepping_after_a_reset_is_still_one_instruction_at_a_time(memory: GuestMemory, hart: Hart) -> None:
