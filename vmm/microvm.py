@@ -25,15 +25,16 @@ import concurrent.futures
 import contextlib
 import threading
 import time
+import traceback
 import weakref
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from vmm import actions
 from vmm.actions import EndKind, MachineEnd, VmmAction, VmState
-from vmm.config import VmConfig
+from vmm.config import DeviceConfig, VmConfig
 from vmm.console import Console
 from vmm.errors import ConfigError, EngineError, StateError, VmmError
 from vmm.memory import GuestMemory
@@ -45,11 +46,13 @@ from vmm.vcpu import Vcpu, VcpuState
 
 if TYPE_CHECKING:
     from vmm.board.riscv_virt import RiscvVirtBoard
+    from vmm.devices.virtio.device import VirtioDevice
 
 AnswerT = TypeVar("AnswerT")
 
 PANIC_SEARCH_LINES = 500
 DETERMINISTIC_SEED = 0
+DEFAULT_SLOTS = 8  #: virtio-mmio slots that are declared at least
 
 
 class VmTimeout(VmmError, TimeoutError):
@@ -94,11 +97,15 @@ class Machine:
         config: a configuration with a kernel.
         console: the host's end of the serial line.
         trace: where exits are counted.
+        custom: devices that the configuration does not describe; they belong to the machine from now on.
         changed: called, on any thread, after the state of a vCPU changed.
-        ended: called on a vCPU's thread when it ends the VM: hart, how, host traceback or "".
+        ended: called when a vCPU, or a device (then hart is None), ends the VM: hart, how, host traceback or "".
+
+    It is made on the thread of a running event loop, which its devices use.
 
     Raises:
-        VmmError: no kernel that can be loaded, no memory to map, or no engine; nothing is left behind.
+        VmmError: no kernel that can be loaded, no memory to map, no engine, or a device whose host side is missing;
+            nothing is left behind.
     """
 
     def __init__(
@@ -106,8 +113,10 @@ class Machine:
         config: VmConfig,
         console: Console,
         trace: Trace,
+        custom: Sequence[VirtioDevice],
+        *,
         changed: Callable[[], None],
-        ended: Callable[[int, MachineEnd, str], None],
+        ended: Callable[[int | None, MachineEnd, str], None],
     ) -> None:
         if config.kernel is None:
             raise ConfigError("the VM has no kernel: name one in the configuration, or with ConfigureBootSource")
@@ -122,7 +131,9 @@ class Machine:
             self.memory = built.enter_context(GuestMemory(RAM_BASE, config.memory_bytes))
             self.engine = built.enter_context(Rv64Engine(self.memory, config.vcpus, config.clock))
             outputs = [partial(hart.set_interrupt, SUPERVISOR_EXTERNAL) for hart in self.engine.harts]
-            self.board = RiscvVirtBoard(self.memory, console, outputs)
+            slots = max(DEFAULT_SLOTS, len(config.devices) + len(custom))
+            self.board = RiscvVirtBoard(self.memory, console, outputs, slots)
+            self.devices = self._plug(config, custom, built, ended)
             self.boot_entry = load_boot_source(
                 self.memory,
                 config.kernel,
@@ -140,6 +151,55 @@ class Machine:
             entry = Entry(self.boot_entry.pc, self.boot_entry.fdt_address)
             self.engine.harts[0].reset(entry.address, 0, entry.opaque)
             self._built = built.pop_all()
+
+    def _plug(
+        self,
+        config: VmConfig,
+        custom: Sequence[VirtioDevice],
+        built: contextlib.ExitStack,
+        ended: Callable[[int | None, MachineEnd, str], None],
+    ) -> dict[str, VirtioDevice]:
+        from vmm.devices.virtio import build_device
+
+        loop = asyncio.get_running_loop()
+        devices: dict[str, VirtioDevice] = {}
+
+        def crashed(name: str, error: BaseException) -> None:
+            detail = f"device {name} raised {type(error).__name__}: {error}"
+            text = "".join(traceback.format_exception(error))
+            ended(None, MachineEnd(EndKind.CRASH, detail=detail), text)
+
+        for device in custom:
+            built.callback(device.close)
+        described: list[DeviceConfig | VirtioDevice] = [*config.devices, *custom]
+        for each in described:
+            if isinstance(each, DeviceConfig):
+                device = build_device(each)
+                built.callback(device.close)
+            else:
+                device = each
+            if device.name in devices:
+                raise ConfigError(f"two devices are called {device.name!r}; give each a name of its own")
+            number = self.board.plug(device, loop, partial(crashed, device.name))
+            built.callback(self.board.unplug, number)
+            devices[device.name] = device
+        return devices
+
+    def device(self, name: str) -> VirtioDevice:
+        """The device of that name.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        if name not in self.devices:
+            known = ", ".join(self.devices) or "none at all"
+            raise ConfigError(f"the VM has no device {name!r}; it has {known}")
+        return self.devices[name]
+
+    def close_devices(self) -> None:
+        """On the event loop's thread, once no vCPU runs: give back what the devices hold of the host."""
+        for device in self.devices.values():
+            device.close()
 
     @property
     def instructions(self) -> int:
@@ -182,14 +242,20 @@ class Machine:
             trace=trace,
         )
 
-    def hold_time(self) -> None:
-        """Every vCPU is paused: guest time stands still from now on."""
+    def hold(self) -> None:
+        """Every vCPU is paused: guest time and the devices stand still from now on."""
+        for device in self.devices.values():
+            with device.lock:
+                device.pause()
         self._held_at = self.engine.nanoseconds()
 
-    def release_time(self) -> None:
-        """Guest time goes on where it was held."""
+    def release(self) -> None:
+        """Guest time goes on where it was held, and so do the devices."""
         if not self.engine.deterministic:
             self.engine.skip(self._held_at - self.engine.nanoseconds())
+        for device in self.devices.values():
+            with device.lock:
+                device.resume()
 
     def close(self) -> None:
         """Stop the vCPUs' threads and give everything back."""
@@ -237,10 +303,13 @@ class MicroVm:
 
     Args:
         config: what the VM is; it can still be changed by actions until the VM starts.
+        devices: virtio devices of the caller's own making, plugged behind those of the configuration when the VM
+            starts. From then on they belong to the VM, which closes them.
     """
 
-    def __init__(self, config: VmConfig | None = None) -> None:
+    def __init__(self, config: VmConfig | None = None, devices: Sequence[VirtioDevice] = ()) -> None:
         self._config = config if config is not None else VmConfig()
+        self._custom = tuple(devices)
         self._trace = Trace(self._config.trace, self._config.console.milestones)
         self._console = Console(self._config.console.limit_bytes)
         self._console.subscribe(lambda data: self._trace.console_output(data))
@@ -518,6 +587,7 @@ class MicroVm:
             self._config,
             self._console,
             self._trace,
+            self._custom,
             changed=lambda: self._call_soon(self._vcpus_changed.set),
             ended=self._on_ended,
         )
@@ -574,10 +644,10 @@ class MicroVm:
         if self._cause is not None:
             await self._finish()
             raise StateError(f"{action.name} came too late, since {self._cause[1].detail}")
-        self.machine.hold_time()
+        self.machine.hold()
 
     def _run_on(self) -> None:
-        self.machine.release_time()
+        self.machine.release()
         self._state = VmState.RUNNING
         for vcpu in self.machine.vcpus:
             vcpu.resume()
@@ -598,8 +668,8 @@ class MicroVm:
             for vcpu in self._machine.vcpus:
                 vcpu.stop()
 
-    def _on_ended(self, hart: int, end: MachineEnd, trace: str) -> None:
-        """On a vCPU's thread."""
+    def _on_ended(self, hart: int | None, end: MachineEnd, trace: str) -> None:
+        """On a vCPU's thread, or on one of a device."""
         self._claim_end(hart, end, trace)
         self._call_soon(lambda: self._spawn(self._finish_in_order()))
 
@@ -619,6 +689,7 @@ class MicroVm:
             await self._until(VcpuState.EXITED)
             for vcpu in self._machine.vcpus:
                 vcpu.join()
+            self._machine.close_devices()
             self._stopped_at = time.monotonic()
             panic = find_panic(self._console.lines(PANIC_SEARCH_LINES))
             if end.kind in (EndKind.REBOOT, EndKind.HANG) and panic is not None:

@@ -16,6 +16,7 @@ time clock, NUMA.
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,7 +27,8 @@ from vmm.bus import Bus
 from vmm.console import Console
 from vmm.devices.plic import PLIC_SIZE, Plic
 from vmm.devices.uart16550 import UART_SIZE, Uart16550
-from vmm.devices.virtio.mmio import SLOT_SIZE, EmptySlot
+from vmm.devices.virtio.device import VirtioDevice
+from vmm.devices.virtio.mmio import SLOT_SIZE, EmptySlot, VirtioMmio
 from vmm.errors import ConfigError
 from vmm.irq import IrqLine
 from vmm.memory import GuestMemory
@@ -115,7 +117,7 @@ class RiscvVirtBoard:
         self.plic = Plic(INTERRUPT_SOURCES, context_outputs)
         self._lines = {source: self._wire(source) for source in range(1, INTERRUPT_SOURCES + 1)}
         self.uart = Uart16550(console.feed, self.irq_line(UART_INTERRUPT))
-        self.slots = tuple(EmptySlot() for _ in range(slots))
+        self.slots: list[EmptySlot | VirtioMmio] = [EmptySlot() for _ in range(slots)]
         self.bus = Bus()
         self.bus.attach(self.plic, PLIC_BASE, PLIC_SIZE, "plic")
         self.bus.attach(self.uart, UART_BASE, UART_SIZE, "uart")
@@ -132,6 +134,43 @@ class RiscvVirtBoard:
         if source not in self._lines:
             raise ConfigError(f"interrupt {source} does not exist on this board; it has 1 to {INTERRUPT_SOURCES}")
         return self._lines[source]
+
+    def plug(
+        self,
+        device: VirtioDevice,
+        loop: asyncio.AbstractEventLoop,
+        crashed: Callable[[BaseException], None],
+    ) -> int:
+        """Fill the first empty virtio-mmio slot; returns its number. See :class:`VirtioMmio` for the arguments.
+
+        Raises:
+            ConfigError: every slot is filled.
+        """
+        free = next((n for n, slot in enumerate(self.slots) if isinstance(slot, EmptySlot)), None)
+        if free is None:
+            raise ConfigError(f"{device.name} needs a virtio-mmio slot, but all {len(self.slots)} of them are filled")
+        line = self.irq_line(virtio_interrupt(free))
+        slot = VirtioMmio(device, self.memory, line, loop, crashed)
+        self._fill(free, slot, device.name)
+        return free
+
+    def unplug(self, number: int) -> VirtioDevice:
+        """Empty slot ``number``; returns the device that was there, disconnected, for its owner to close.
+
+        Raises:
+            ConfigError: there is no device in that slot.
+        """
+        slot = self.slots[number] if 0 <= number < len(self.slots) else None
+        if not isinstance(slot, VirtioMmio):
+            raise ConfigError(f"virtio-mmio slot {number} holds no device")
+        self._fill(number, EmptySlot(), f"virtio-mmio {number}")
+        slot.unplug()
+        return slot.device
+
+    def _fill(self, number: int, slot: EmptySlot | VirtioMmio, name: str) -> None:
+        self.bus.detach(virtio_address(number))
+        self.bus.attach(slot, virtio_address(number), SLOT_SIZE, name)
+        self.slots[number] = slot
 
     def device_tree(self, chosen: Chosen) -> Node:
         """The tree that describes this board, as the kernel will see it."""
