@@ -1,7 +1,8 @@
 """How far a download, a build or a compilation has come: a thin face over tqdm.
 
 tqdm is imported only when a bar is drawn, which is on a terminal and in a notebook. Elsewhere (a pipe, a log) nothing
-is printed, unless the caller asks for ``"lines"``: then each finished step is one line.
+is printed, unless the caller asks for ``"lines"``: then each finished step is one line. A step ends as failed when an
+exception ends it, or when its owner says so with ``fail()``.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ MODE_VARIABLE = "KATA_LAB_PROGRESS"
 class _Bar(Protocol):
     def update(self, n: float) -> object: ...
     def set_postfix_str(self, s: str) -> None: ...
+    def refresh(self) -> object: ...
     def close(self) -> None: ...
 
 
@@ -39,6 +41,7 @@ class Progress:
         title: what is being done, in the words of a person.
         total: how many units make the whole; None when it is not known.
         unit: name of a unit; ``"B"`` prints thousands of bytes as kB, MB.
+        announced: in ``lines``, print a line when the step begins, too: for what takes as long as somebody else likes.
         mode: see ProgressMode; ``auto`` gives way to the environment's ``KATA_LAB_PROGRESS``.
         stream: where to print; standard error when None.
     """
@@ -49,6 +52,7 @@ class Progress:
         total: float | None = None,
         *,
         unit: str = "",
+        announced: bool = False,
         mode: ProgressMode = "auto",
         stream: TextIO | None = None,
     ) -> None:
@@ -56,6 +60,8 @@ class Progress:
         self.total = total
         self.done = 0.0
         self._unit = unit
+        self._announced = announced
+        self._failed = False
         self._stream = sys.stderr if stream is None else stream
         self._mode = _resolve(mode, self._stream)
         self._bar: _Bar | None = None
@@ -65,23 +71,38 @@ class Progress:
         self._started = time.monotonic()
         if self._mode == "bar":
             self._bar = self._draw()
+        elif self._mode == "lines" and self._announced:
+            print(f"{self.title}…", file=self._stream, flush=True)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if kind is None and self.total is not None:
+        if kind is not None:
+            self._failed = True
+        if not self._failed and self.total is not None:
             self.advance_to(self.total)
         if self._bar is not None:
+            if self._failed:
+                self._bar.set_postfix_str("failed")
             self._bar.close()
             self._bar = None
         if self._mode == "lines":
-            outcome = "done" if kind is None else "failed"
+            outcome = "failed" if self._failed else "done"
             print(
                 f"{self.title}: {outcome} after {time.monotonic() - self._started:.1f} s",
                 file=self._stream,
                 flush=True,
             )
+
+    def fail(self) -> None:
+        """Let the step end as failed although no exception ends it."""
+        self._failed = True
+
+    def tick(self) -> None:
+        """Show that time passes while nothing is counted."""
+        if self._bar is not None:
+            self._bar.refresh()
 
     def advance(self, amount: float = 1, stage: str = "") -> None:
         """Count `amount` more units; `stage` names what is now being worked on."""
@@ -105,8 +126,8 @@ class Progress:
 
             draw = tqdm.auto.tqdm
         layout = None
-        if self.total is not None and not self._unit:
-            layout = "{l_bar}{bar}| {elapsed}{postfix}"
+        if not self._unit:
+            layout = "{desc}: {elapsed}{postfix}" if self.total is None else "{l_bar}{bar}| {elapsed}{postfix}"
         return draw(
             total=self.total,
             desc=self.title,

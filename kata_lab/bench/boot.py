@@ -77,7 +77,7 @@ def measure_boot(runs: int, idle_seconds: float, cold: bool = False) -> BootFigu
     """
     peer = Peer.find()
     guest = build_boot_guest()
-    _prepare()
+    prepare()
     ours = [sys.executable, "-m", "kata_lab", "boot", "--memory", str(MEMORY_MIB), "--cmdline", APPEND]
     theirs = list(peer.boot_command(guest.kernel, guest.initrd, APPEND, MEMORY_MIB))
     warm([guest.kernel, guest.initrd, peer.program])
@@ -121,21 +121,20 @@ def measure_boot(runs: int, idle_seconds: float, cold: bool = False) -> BootFigu
     )
 
 
-def versions(peer: Peer) -> dict[str, str]:
-    """Of what takes part in a measurement."""
+def versions(peer: Peer | None = None) -> dict[str, str]:
+    """Of what takes part in a measurement; `peer` is None where there is no QEMU to compare with."""
     from importlib.metadata import version
 
     return {
         "python": platform.python_version(),
         "numba": version("numba"),
         "llvmlite": version("llvmlite"),
-        "qemu": peer.version,
-        "qemu cpu": CPU,
+        **({} if peer is None else {"qemu": peer.version, "qemu cpu": CPU}),
         "host": f"{platform.system()} {platform.release()} {platform.machine()}, {os.cpu_count()} processors",
     }
 
 
-def _prepare() -> None:
+def prepare() -> None:
     """Compile, if need be, before anything is timed."""
     from vmm.engine.rv64.hart import Rv64Engine
 

@@ -8,13 +8,12 @@ itself, in debian a unit of systemd does that is ordered after ``basic.target`` 
 
 from __future__ import annotations
 
-import os
-import platform
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from kata_lab.bench.boot import prepare, versions
 from kata_lab.bench.measure import Sample, Watched, alternate, steps, warm
 from kata_lab.image.build import SERVICES_MARKER, build_named
 
@@ -77,7 +76,7 @@ def measure_images(runs: int) -> ImageFigures:
         ImageError: an image cannot be built.
     """
     images = [build_named(name) for name in ("lifsea", "debian")]
-    _prepare()
+    prepare()
     warm([file for image in images for file in (image.kernel, image.root)])
     pss: dict[str, list[float]] = {image.name: [] for image in images}
     with steps("Measuring boots", len(images) * (runs + 1)) as begin:
@@ -100,7 +99,7 @@ def measure_images(runs: int) -> ImageFigures:
         fewer_bytes=1 - lifsea.bytes / debian.bytes,
         times_sooner=debian.boot_s / lifsea.boot_s,
         runs=runs,
-        versions=_versions(),
+        versions=versions(),
     )
 
 
@@ -116,21 +115,3 @@ def _side(image: Image, pss: list[float], begin: Callable[[str], None]) -> Calla
         return seconds
 
     return boot
-
-
-def _prepare() -> None:
-    """Compile, if need be, before anything is timed."""
-    from vmm.engine.rv64.hart import Rv64Engine
-
-    Rv64Engine.prepare()
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    return {
-        "python": platform.python_version(),
-        "numba": version("numba"),
-        "llvmlite": version("llvmlite"),
-        "host": f"{platform.system()} {platform.release()} {platform.machine()}, {os.cpu_count()} processors",
-    }

@@ -1,15 +1,21 @@
-"""``kata-lab image``: build guest images and look at what is in them."""
+"""``kata-lab image``: build guest images and look at what is in them.
+
+Exit status: 2 for a description that cannot be built as it is written, 1 for everything else that fails, of which
+``list`` tells only after it has listed the images that are well.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kata_lab.commands import UsageError
+from kata_lab.errors import ImageError
+
 if TYPE_CHECKING:
-    from kata_lab.image.library import Image
+    from kata_lab.image.library import Image, Library
 
 WIDEST_BAR = 30
 
@@ -43,7 +49,12 @@ def add_arguments(parser: argparse.ArgumentParser, parser_class: type[argparse.A
 
 
 def run(options: argparse.Namespace) -> int:
-    """Carry out one action; its exit status."""
+    """Carry out one action; its exit status.
+
+    Raises:
+        UsageError: a description that is refused.
+        ImageError: everything else that cannot be done.
+    """
     from kata_lab.image.library import Library
 
     library = Library()
@@ -51,7 +62,7 @@ def run(options: argparse.Namespace) -> int:
         case "build":
             _build(options)
         case "list":
-            _list([library.find(name) for name in library.names()], options.json)
+            _list(library, options.json)
         case "show":
             _show(library.find(options.name), options.json)
         case "diff":
@@ -84,14 +95,18 @@ def differences(first: Image, second: Image) -> list[dict[str, Any]]:
 
 def _build(options: argparse.Namespace) -> None:
     from kata_lab.image.build import build_named
+    from kata_lab.image.description import DescriptionError
 
-    image = build_named(
-        options.description,
-        locked=options.locked,
-        offline=options.offline,
-        refresh=options.refresh,
-        mirror=options.mirror,
-    )
+    try:
+        image = build_named(
+            options.description,
+            locked=options.locked,
+            offline=options.offline,
+            refresh=options.refresh,
+            mirror=options.mirror,
+        )
+    except DescriptionError as error:
+        raise UsageError(str(error)) from error
     print(_line(image))
 
 
@@ -101,15 +116,34 @@ def _line(image: Image) -> str:
     return f"{image.name}: {packages} packages, {size} {image.root.suffix[1:]}, {image.identity[:12]}"
 
 
-def _list(images: Sequence[Image], plain: bool) -> None:
+def _list(library: Library, plain: bool) -> None:
+    """Print every image, and then fail if some are damaged."""
+    found: dict[str, Image | ImageError] = {}
+    for name in library.names():
+        try:
+            found[name] = library.find(name)
+        except ImageError as error:
+            found[name] = error
     if plain:
-        print(json.dumps([_summary(image) for image in images], indent=1))
-        return
-    print(f"{'name':16} {'packages':>8} {'root':>12} {'architecture':13} {'kernel':24} what it is")
-    for image in images:
-        manifest = image.manifest
-        figures = f"{len(manifest['packages']):8} {mebibytes(image.bytes):>12}"
-        print(f"{image.name:16} {figures} {manifest['architecture']:13} {manifest['release']:24} {manifest['summary']}")
+        print(json.dumps([_row(name, each) for name, each in found.items()], indent=1))
+    else:
+        print(f"{'name':16} {'packages':>8} {'root':>12} {'architecture':13} {'kernel':24} what it is")
+        for name, each in found.items():
+            print(f"{name:16} damaged: {each}" if isinstance(each, ImageError) else _columns(each))
+    damaged = [repr(name) for name, each in found.items() if isinstance(each, ImageError)]
+    if damaged:
+        what = f"the image {damaged[0]} is" if len(damaged) == 1 else f"the images {', '.join(damaged)} are"
+        raise ImageError(f"{what} damaged: build again what you need, and remove the rest with kata-lab image rm")
+
+
+def _row(name: str, found: Image | ImageError) -> dict[str, Any]:
+    return {"name": name, "damaged": str(found)} if isinstance(found, ImageError) else _summary(found)
+
+
+def _columns(image: Image) -> str:
+    manifest = image.manifest
+    figures = f"{len(manifest['packages']):8} {mebibytes(image.bytes):>12}"
+    return f"{image.name:16} {figures} {manifest['architecture']:13} {manifest['release']:24} {manifest['summary']}"
 
 
 def _summary(image: Image) -> dict[str, Any]:

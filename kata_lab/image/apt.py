@@ -5,28 +5,32 @@ the signature, each package against the index, as apt-secure(8) says. It runs wi
 cache beneath the cache directory (``APT_CONFIG``, apt.conf(5)); of the host's configuration only what says how to
 reach the network is taken over: proxies, time-outs, TLS certificates, login data (apt_auth.conf(5)). A package in the
 cache is hashed again before it is used. Dependencies are resolved by APT as if nothing were installed; what packages
-recommend is left out.
+recommend is left out. Which files a package has is known before it is fetched from the archive's index Contents, 11 MB
+that are fetched only when they are asked for, and verified as the other index.
 
-Tools: ``apt-config dump``, ``apt-get update``, ``apt-get download``, ``apt-get --simulate install``, ``apt-cache
-show``, ``apt-cache pkgnames``.
+Tools: ``apt-config dump``, ``apt-get update``, ``apt-get download``, ``apt-get indextargets``, ``apt-get --simulate
+install``, ``apt-cache show``, ``apt-cache pkgnames``.
 """
 
 from __future__ import annotations
 
 import difflib
+import gzip
 import hashlib
 import os
 import re
 import shutil
 import subprocess
+import zlib
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
 from kata_lab.errors import ImageError
 from kata_lab.image.deb import parse_fields
 from kata_lab.image.mirror import find_mirror
-from kata_lab.image.store import exclusive, publish, scratch, sha256_of
+from kata_lab.image.store import disk_is_full, exclusive, publish, scratch, sha256_of
 from kata_lab.paths import cache_directory
 from kata_lab.progress import Progress, ProgressMode
 
@@ -57,6 +61,8 @@ _WRONG_CONTENT = re.compile(
     r"|Unable to find expected entry|Maximum size exceeded"
 )
 _MISSING = re.compile(r"\b404\b|File not found|does not have a Release file|doesn't support architecture")
+_FULL = re.compile(r"No space left on device|Disk quota exceeded|enough free space")
+_CONTENTS = "Contents-deb"
 _LONGEST_COMPLAINT = 400
 _INSTALLED = re.compile(r"Inst (?P<name>\S+) (?:\[\S+\] )?\((?P<version>\S+) ")
 
@@ -138,14 +144,21 @@ class Archive:
             ImageError: no network, no such suite, a signature that does not verify, or a mirror that serves something
                 else than what the signature covers, also when asked again.
         """
-        with exclusive(self._directory) as lock:
-            self._configure()
-            for _ in range(ATTEMPTS):
-                complaint = self._apt_get("Reading Debian's package index", ["update"], self._directory, lock)
-                if not _is_wrong_content(complaint):
-                    break
+        complaint = self._update("Reading Debian's package index", [])
         if complaint:
             raise self._error(f"the package index of Debian {self.suite}", complaint)
+
+    def _update(self, title: str, options: Sequence[str]) -> str:
+        with self._exclusive() as lock:
+            self._configure()
+            for _ in range(ATTEMPTS):
+                complaint = self._apt_get(title, [*options, "update"], self._directory, lock)
+                if not _is_wrong_content(complaint):
+                    break
+        return complaint
+
+    def _exclusive(self) -> AbstractContextManager[int]:
+        return exclusive(self._directory, self._progress)
 
     def find(self, name: str) -> Package:
         """What the index says about the newest version of a package; fetches the index first if there is none yet.
@@ -177,6 +190,42 @@ class Archive:
         packages = self._describe([f"{match['name']}={match['version']}" for match in found])
         return sorted(packages, key=lambda package: package.name)
 
+    def paths_of(self, package: str) -> frozenset[str] | None:
+        """The files that a package would install, without fetching it; fetches the index Contents if it is not there.
+
+        Returns:
+            paths relative to the root; None when the archive does not say, since it has no such index, or an older one.
+
+        Raises:
+            ImageError: as update().
+        """
+        place = self._contents()
+        if place is None:
+            complaint = self._update("Reading what is in Debian's packages", self._contents_options())
+            if complaint and not _MISSING.search(complaint):
+                raise self._error(f"the list of files of Debian {self.suite}", complaint)
+            place = self._contents()
+        return None if place is None else _paths_in(place, package)
+
+    def _contents(self) -> Path | None:
+        """The file with the index Contents, if it was fetched since the last update()."""
+        question = ("indextargets", "--format", "$(FILENAME)", f"Created-By: {_CONTENTS}")
+        answer = self._ask("apt-get", *self._contents_options(), *question)
+        name = answer.stdout.strip()
+        return Path(name) if name and Path(name).is_file() else None
+
+    def _contents_options(self) -> list[str]:
+        """Settings that let APT take the index Contents for one of its own (apt.conf(5), Acquire::IndexTargets)."""
+        name = f"Contents-{self.architecture}"
+        settings = {
+            "MetaKey": f"$(COMPONENT)/{name}",
+            "ShortDescription": name,
+            "Description": f"$(RELEASE)/$(COMPONENT) {name}",
+            "KeepCompressed": "true",
+            "KeepCompressedAs": "gz",
+        }
+        return [f"-oAcquire::IndexTargets::deb::{_CONTENTS}::{key}={value}" for key, value in settings.items()]
+
     def _need_index(self) -> None:
         if not any((self._directory / "lists").glob("*_Packages*")):
             self.update()
@@ -192,6 +241,8 @@ class Archive:
         for each in wanted:
             name = each.partition("=")[0]
             if name not in packages:
+                if _FULL.search(answer.stderr):
+                    raise disk_is_full(self._directory)
                 raise self._unknown(name)
         return [packages[each.partition("=")[0]] for each in wanted]
 
@@ -228,7 +279,7 @@ class Archive:
     def fetch_all(self, packages: Sequence[Package]) -> list[Path]:
         """The files of packages, in their order; what the cache lacks is downloaded in one go, as by fetch()."""
         places = [self._packages / package.file_name for package in packages]
-        with exclusive(self._packages) as lock:
+        with exclusive(self._packages, self._progress) as lock:
             missing = [
                 (package, place)
                 for package, place in zip(packages, places, strict=True)
@@ -322,7 +373,7 @@ class Archive:
 
     def _ask(self, *command: str) -> subprocess.CompletedProcess[str]:
         """Run a program of APT that changes nothing but its own cache."""
-        with exclusive(self._directory) as lock:
+        with self._exclusive() as lock:
             self._configure()
             return subprocess.run(
                 command,
@@ -368,12 +419,15 @@ class Archive:
             except BaseException:
                 process.terminate()
                 raise
-        if process.returncode == 0 and not any("Failed to fetch" in line for line in complaints):
-            return ""
+            if process.wait() == 0 and not any("Failed to fetch" in line for line in complaints):
+                return ""
+            bar.fail()
         return "; ".join(complaints) or f"apt-get ended with status {process.returncode}"
 
     def _error(self, what: str, complaint: str) -> ImageError:
         """What APT complained of, as one sentence that says what to do."""
+        if _FULL.search(complaint):
+            return disk_is_full(self._directory)
         says = f"(APT says: {complaint[:_LONGEST_COMPLAINT].rstrip('.')})"
         if _SIGNATURE.search(complaint):
             return ImageError(
@@ -393,6 +447,22 @@ class Archive:
             f"{what} could not be fetched from {self.mirror}: "
             f"check the network, APT's proxy settings and the mirror {says}"
         )
+
+
+def _paths_in(contents: Path, package: str) -> frozenset[str] | None:
+    """Follows the Debian repository format: a path, white space, and the packages as ``section/name,…``."""
+    name = package.encode()
+    paths = set()
+    try:
+        with gzip.open(contents) as lines:
+            for line in lines:
+                if name in line:
+                    path, _, owners = line.rstrip().rpartition(b" ")
+                    if any(owner.rpartition(b"/")[2] == name for owner in owners.split(b",")):
+                        paths.add(path.rstrip().decode("utf-8", "replace"))
+    except (OSError, EOFError, zlib.error):
+        return None  # it was changed since APT verified it
+    return frozenset(paths) or None
 
 
 def cached(package: Package) -> Path | None:

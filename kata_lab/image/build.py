@@ -1,8 +1,10 @@
 """Builds an image from its description: resolve, fetch, put together, publish.
 
 1. The lock says which packages; without one that fits, the host's APT resolves them from the signed index.
-2. The kernel package is fetched and the modules are looked for in it, then the other packages are fetched.
-3. Packages, modules, the description's own files and our init are put together in memory; no maintainer script runs.
+2. The modules are looked for in what is known of the kernel (:mod:`kata_lab.image.module_names`), and then in its
+   package, which is fetched before the other packages are.
+3. Packages, modules, the description's own files and our init are put together; no maintainer script runs. Contents of
+   files wait in a spool on disk, so that a build of any size takes the memory of a small one.
 4. The tree becomes an initramfs, or a file system for a disk (:mod:`kata_lab.image.disk`), and gets its name.
 
 What step 3 and 4 do depends on the description and the lock alone, so that the same inputs give the same bytes. Leaves
@@ -32,6 +34,8 @@ from kata_lab.image.kernel import (
 )
 from kata_lab.image.library import KERNEL, Image, Library, root_file
 from kata_lab.image.lock import Lock, check_covers, lock_path, read_lock, write_lock
+from kata_lab.image.module_names import check_module_names, remember_module_names, unknown_module
+from kata_lab.image.spool import Spool
 from kata_lab.image.systemd import add_units
 from kata_lab.image.tree import RootTree
 from kata_lab.progress import Progress, ProgressMode
@@ -96,7 +100,7 @@ def build_image(description: Description, options: BuildOptions) -> Image:
     """
     lock = _lock(description, options)
     recipe = _recipe(description, lock)
-    library = Library()
+    library = Library(options.progress)
     if description.name in library.names():
         try:
             present = library.find(description.name)
@@ -105,20 +109,20 @@ def build_image(description: Description, options: BuildOptions) -> Image:
                 return present
         except ImageError:
             pass  # a damaged image is built again
-    kernel, files = _fetch(description, lock, options)
-    if read_lock(options.lock) != lock:
-        write_lock(options.lock, lock)
-    modules = _modules(description, kernel)
-    with Progress(f"Building {description.name}", total=len(files) + 2, mode=options.progress) as bar:
-        tree = RootTree(description.architecture, description.excluded_paths)
-        for package, file in zip(lock.packages, files, strict=True):
-            tree.install(file, package.name)
-            bar.advance(1, package.name)
-        _add_kernel_modules(tree, kernel, modules)
-        _add_own(tree, description, kernel, modules)
-        bar.advance(1, "root")
-        image = _publish(library, tree, description, lock, kernel, modules, recipe)
-        bar.advance(1, "written")
+    with Spool() as spool:
+        inputs = _fetch(description, lock, options, spool)
+        if read_lock(options.lock) != lock:
+            write_lock(options.lock, lock)
+        with Progress(f"Building {description.name}", total=len(inputs.files) + 2, mode=options.progress) as bar:
+            tree = RootTree(description.architecture, spool, description.excluded_paths)
+            for package, file in zip(lock.packages, inputs.files, strict=True):
+                tree.install(file, package.name)
+                bar.advance(1, package.name)
+            _add_kernel_modules(tree, inputs.kernel, inputs.modules)
+            _add_own(tree, description, inputs.kernel, inputs.modules)
+            bar.advance(1, "root")
+            image = _publish(library, tree, description, lock, inputs, recipe, options.progress)
+            bar.advance(1, "written")
     return image
 
 
@@ -171,27 +175,46 @@ def _kernel_package(archive: Archive, description: Description) -> Package:
     return package if match is None else archive.find(match[0])
 
 
-def _fetch(description: Description, lock: Lock, options: BuildOptions) -> tuple[KernelPackage, list[Path]]:
-    """The kernel, with its modules checked before anything else is downloaded, and the files of the packages."""
+@dataclass(frozen=True)
+class _Modules:
+    """What the image has, and what of it is loaded at boot; both in the order of dependencies."""
+
+    present: list[Module]
+    loaded: list[Module]
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What an image is made of: the kernel with its modules, and the files of the packages in the order of the lock."""
+
+    kernel: KernelPackage
+    modules: _Modules
+    files: list[Path]
+
+
+def _fetch(description: Description, lock: Lock, options: BuildOptions, spool: Spool) -> _Inputs:
+    """Everything, modules checked: without a package as far as possible, and with the kernel before other packages."""
+    wanted = (lock.kernel, *lock.packages)
+    kernel_file, *files = (cached(package) for package in wanted)
     if options.offline:
-        wanted = (lock.kernel, *lock.packages)
-        places = [cached(package) for package in wanted]
-        missing = [package.name for package, place in zip(wanted, places, strict=True) if place is None]
+        missing = [wanted[0].name] if kernel_file is None else []
+        missing += [package.name for package, file in zip(lock.packages, files, strict=True) if file is None]
         if missing:
             raise ImageError(
                 f"{', '.join(missing)} is not in the cache, or not as the lock {options.lock} says: "
                 "build once without --offline"
             )
-        kernel_file, *files = [place for place in places if place is not None]
-        return KernelPackage(kernel_file, description.architecture), files
-    found = [cached(package) for package in lock.packages]
-    kernel_found = cached(lock.kernel)
-    if kernel_found is not None and None not in found:
-        return KernelPackage(kernel_found, description.architecture), [each for each in found if each is not None]
-    archive = _archive(description, options)
-    kernel = KernelPackage(_fetched(archive, [lock.kernel], options)[0], description.architecture)
-    _modules(description, kernel)
-    return kernel, _fetched(archive, list(lock.packages), options)
+    if kernel_file is None:
+        archive = _archive(description, options)
+        check_module_names(description, lock.kernel, archive)
+        (kernel_file,) = _fetched(archive, [lock.kernel], options)
+    kernel = KernelPackage(kernel_file, description.architecture, spool)
+    remember_module_names(lock.kernel, kernel, options.progress)
+    modules = _modules(description, kernel)
+    present = [file for file in files if file is not None]
+    if len(present) < len(files):
+        present = _fetched(_archive(description, options), list(lock.packages), options)
+    return _Inputs(kernel, modules, present)
 
 
 def _fetched(archive: Archive, packages: list[Package], options: BuildOptions) -> list[Path]:
@@ -205,25 +228,12 @@ def _fetched(archive: Archive, packages: list[Package], options: BuildOptions) -
         raise ImageError(f"{error}; --refresh takes what the archive has now, in place of {options.lock}") from error
 
 
-@dataclass(frozen=True)
-class _Modules:
-    """What the image has, and what of it is loaded at boot; both in the order of dependencies."""
-
-    present: list[Module]
-    loaded: list[Module]
-
-
 def _modules(description: Description, kernel: KernelPackage) -> _Modules:
     try:
         loaded = kernel.modules(description.modules)
         return _Modules(kernel.modules((*description.modules, *description.modules_on_demand)), loaded)
     except UnknownModuleError as error:
-        problem = f"kernel {kernel.release} has no module {error.name!r}: {did_you_mean(error.name, error.known)}"
-        for field in ("modules", "modules_on_demand"):
-            names: tuple[str, ...] = getattr(description, field)
-            if error.name in names:
-                raise description.refusal(f"$.kernel.{field}[{names.index(error.name)}]", problem) from error
-        raise description.refusal("$.kernel.package", problem) from error
+        raise unknown_module(description, error.name, error.known, kernel.release) from error
 
 
 def _recipe(description: Description, lock: Lock) -> str:
@@ -330,9 +340,9 @@ def _publish(
     tree: RootTree,
     description: Description,
     lock: Lock,
-    kernel: KernelPackage,
-    modules: _Modules,
+    inputs: _Inputs,
     recipe: str,
+    progress: ProgressMode,
 ) -> Image:
     sizes = tree.sizes()
     manifest: dict[str, Any] = {
@@ -343,7 +353,7 @@ def _publish(
         "suite": description.suite,
         "format_of_root": description.format,
         "command_line": description.command_line,
-        "release": kernel.release,
+        "release": inputs.kernel.release,
         "description": description.data,
         "kernel_package": {"name": lock.kernel.name, "version": lock.kernel.version, "sha256": lock.kernel.sha256},
         "packages": [
@@ -357,13 +367,14 @@ def _publish(
             for each in lock.packages
         ],
         "other_bytes": {name: size for name, size in sizes.items() if name.startswith("(")},
-        "modules": [module.name for module in modules.present],
+        "modules": [module.name for module in inputs.modules.present],
         "services": [each.name for each in description.services],
         "bytes": tree.total,
     }
+    kernel = inputs.kernel.image.chunks()
     if description.format == "initramfs":
-        return library.add(manifest, {KERNEL: kernel.image, root_file("initramfs"): tree.pack()})
+        return library.add(manifest, {KERNEL: kernel, root_file("initramfs"): tree.chunks()})
     from kata_lab.image.disk import make_root
 
-    with make_root(tree, description.format, recipe) as file:
-        return library.add(manifest, {KERNEL: kernel.image, root_file(description.format): file})
+    with make_root(tree, description.format, recipe, progress) as file:
+        return library.add(manifest, {KERNEL: kernel, root_file(description.format): file})

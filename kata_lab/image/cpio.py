@@ -10,18 +10,20 @@ Follows the kernel's Documentation/driver-api/early-userspace/buffer-format.rst.
            rdev major   rdev minor   name size   check   name NUL, padded to 4; data, padded to 4
 
 with every number as 8 hexadecimal digits. Members are sorted, times are 0, inode numbers are counted from 1, so that
-the same tree gives the same bytes. Leaves out hard links, extended attributes, checksums ("070702") and files of 4 GiB
-or more.
+the same tree gives the same bytes. Contents may lie in a spool, and then the archive comes in chunks. Leaves out hard
+links, extended attributes, checksums ("070702") and files of 4 GiB or more.
 """
 
 from __future__ import annotations
 
 import gzip
 import stat
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 from kata_lab.errors import ImageError
+from kata_lab.image.spool import Content, Spooled, chunks_of
 
 MAGIC = b"070701"
 TRAILER = "TRAILER!!!"
@@ -38,16 +40,21 @@ class Node:
 
     Args:
         mode: type and permission bits, as in ``st_mode``.
-        data: content of a regular file, or the target of a symbolic link.
+        data: content of a regular file, or (always bytes) the target of a symbolic link.
         uid, gid: owner and group.
         device: major and minor number of a device node.
     """
 
     mode: int
-    data: bytes = b""
+    data: Content = b""
     uid: int = 0
     gid: int = 0
     device: tuple[int, int] = (0, 0)
+
+    @property
+    def content(self) -> bytes:
+        """The data as a whole."""
+        return self.data.read() if isinstance(self.data, Spooled) else self.data
 
 
 class Initramfs:
@@ -63,7 +70,7 @@ class Initramfs:
         """Add a directory; one that exists only as somebody's parent gets these permissions."""
         self.add(path, Node(stat.S_IFDIR | _permissions(path, permissions)))
 
-    def file(self, path: str, data: bytes, permissions: int = 0o644) -> None:
+    def file(self, path: str, data: Content, permissions: int = 0o644) -> None:
         """Add a regular file."""
         self.add(path, Node(stat.S_IFREG | _permissions(path, permissions), data))
 
@@ -104,12 +111,7 @@ class Initramfs:
 
         A guest spends about 50 instructions on each byte that it must decompress: leave small archives uncompressed.
         """
-        chunks: list[bytes] = []
-        for inode, (parts, node) in enumerate(sorted(self._nodes.items()), start=1):
-            chunks.append(_member("/".join(parts), inode, node, links=2 if stat.S_ISDIR(node.mode) else 1))
-        chunks.append(_member(TRAILER, 0, Node(0), links=1))
-        archive = b"".join(chunks)
-        archive += bytes(-len(archive) % BLOCK)
+        archive = b"".join(self.chunks())
         match compression:
             case "none":
                 return archive
@@ -118,8 +120,18 @@ class Initramfs:
             case _:
                 raise ImageError(f"compression {compression!r} is unknown: it is 'none' or 'gzip'")
 
+    def chunks(self) -> Iterator[bytes]:
+        """The archive as pack() makes it without compression, a part at a time."""
+        size = 0
+        for inode, (parts, node) in enumerate(sorted(self._nodes.items()), start=1):
+            for chunk in _member("/".join(parts), inode, node, links=2 if stat.S_ISDIR(node.mode) else 1):
+                size += len(chunk)
+                yield chunk
+        end = b"".join(_member(TRAILER, 0, Node(0), links=1))
+        yield end + bytes(-(size + len(end)) % BLOCK)
 
-def _member(name: str, inode: int, node: Node, links: int) -> bytes:
+
+def _member(name: str, inode: int, node: Node, links: int) -> Iterator[bytes]:
     path = name.encode("utf-8", "surrogateescape") + b"\0"
     numbers = (
         inode,
@@ -136,7 +148,9 @@ def _member(name: str, inode: int, node: Node, links: int) -> bytes:
         0,  # checksum, unused in this variant
     )
     header = MAGIC + b"".join(b"%08X" % number for number in numbers) + path
-    return header + bytes(-len(header) % 4) + node.data + bytes(-len(node.data) % 4)
+    yield header + bytes(-len(header) % 4)
+    yield from chunks_of(node.data)
+    yield bytes(-len(node.data) % 4)
 
 
 def _parts(path: str) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ import lzma
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 AR_MAGIC = b"!<arch>\n"
 AR_HEADER = 60
 
+_CHUNK = 1 << 20
 _STREAM_MODES: dict[str, Literal["r|", "r|gz", "r|xz"]] = {"": "r|", ".gz": "r|gz", ".xz": "r|xz"}
 
 
@@ -93,7 +95,7 @@ class DebPackage:
         """The fields of the control file, such as ``{"Package": "busybox-static", …}``."""
         for entry, content in self._walk("control.tar", lambda file: file.path == "control"):
             if entry.path == "control":
-                return parse_fields(content.decode("utf-8", "replace"))
+                return parse_fields(b"".join(content).decode("utf-8", "replace"))
         raise ImageError(f"the package {self.path} has no control file")
 
     def files(self) -> Iterator[PackagedFile]:
@@ -105,10 +107,13 @@ class DebPackage:
         """The regular files for which `wanted` is true, with their content; stops unpacking when the caller stops."""
         for entry, content in self._walk("data.tar", wanted):
             if entry.kind == "file" and wanted(entry):
-                yield entry, content
+                yield entry, b"".join(content)
 
-    def entries(self, wanted: Callable[[PackagedFile], bool]) -> Iterator[tuple[PackagedFile, bytes]]:
-        """Everything that the package installs, regular files with their content where `wanted` is true."""
+    def entries(self, wanted: Callable[[PackagedFile], bool]) -> Iterator[tuple[PackagedFile, Iterator[bytes]]]:
+        """Everything that the package installs, regular files with their content where `wanted` is true.
+
+        A content comes in chunks, and must be taken before the next entry is asked for.
+        """
         return self._walk("data.tar", wanted)
 
     def read(self, path: str) -> bytes:
@@ -121,19 +126,32 @@ class DebPackage:
             return content
         raise ImageError(f"the package {self.path.name} has no file {path!r}")
 
-    def _walk(self, member: str, wanted: Callable[[PackagedFile], bool]) -> Iterator[tuple[PackagedFile, bytes]]:
+    def _walk(
+        self, member: str, wanted: Callable[[PackagedFile], bool]
+    ) -> Iterator[tuple[PackagedFile, Iterator[bytes]]]:
         suffix, stream = self._tar(member)
+        with self._unpacking(member), tarfile.open(fileobj=stream, mode=_STREAM_MODES[suffix]) as archive:
+            for info in archive:
+                entry = _packaged(info, self.path)
+                content: Iterator[bytes] = iter(())
+                if entry.kind == "file" and wanted(entry):
+                    content = self._content(archive, info, member)
+                yield entry, content
+
+    def _content(self, archive: tarfile.TarFile, info: tarfile.TarInfo, member: str) -> Iterator[bytes]:
+        left = info.size
+        with self._unpacking(member):
+            source = archive.extractfile(info)
+            while left and source is not None and (chunk := source.read(min(left, _CHUNK))):
+                left -= len(chunk)
+                yield chunk
+        if left:
+            raise ImageError(f"the package {self.path} is cut short within {info.name!r}")
+
+    @contextmanager
+    def _unpacking(self, member: str) -> Iterator[None]:
         try:
-            with tarfile.open(fileobj=stream, mode=_STREAM_MODES[suffix]) as archive:
-                for info in archive:
-                    entry = _packaged(info, self.path)
-                    content = b""
-                    if entry.kind == "file" and wanted(entry):
-                        source = archive.extractfile(info)
-                        content = b"" if source is None else source.read()
-                        if len(content) != info.size:
-                            raise ImageError(f"the package {self.path} is cut short within {entry.path!r}")
-                    yield entry, content
+            yield
         except (tarfile.TarError, lzma.LZMAError, zlib.error, EOFError, OSError) as error:
             raise ImageError(
                 f"the package {self.path} is damaged: its {member} cannot be unpacked ({error})"

@@ -34,6 +34,10 @@ _TYPES = {
 }
 
 
+class DescriptionError(ImageError):
+    """What a description says cannot be; the message has the place and what would be right."""
+
+
 @dataclass(frozen=True)
 class FileSpec:
     """A file of one's own: a text, the target of a link, or (both None) a directory; ``mode`` is permission bits."""
@@ -107,9 +111,9 @@ class Description:
             [self.suite, self.architecture, self.kernel_package, sorted(self.packages), sorted(self.excluded_packages)]
         )
 
-    def refusal(self, path: str, problem: str) -> ImageError:
+    def refusal(self, path: str, problem: str) -> DescriptionError:
         """The error that says what is wrong at a JSON path."""
-        return ImageError(f"{self.origin}: {path}: {problem}")
+        return DescriptionError(f"{self.origin}: {path}: {problem}")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -134,16 +138,16 @@ def find_description(name: str) -> Path:
     """The file of a description: one of Kata Lab's by name, or a path (with a ``/`` or ending in ``.json``).
 
     Raises:
-        ImageError: there is no such description.
+        DescriptionError: there is no such description.
     """
     if "/" in name or name.endswith(_ENDING):
         path = Path(name)
         if not path.is_file():
-            raise ImageError(f"there is no image description {name!r}: name a JSON file, or one of {_known()}")
+            raise DescriptionError(f"there is no image description {name!r}: name a JSON file, or one of {_known()}")
         return path
     known = descriptions()
     if name not in known:
-        raise ImageError(f"there is no image {name!r}: {did_you_mean(name, known)}")
+        raise DescriptionError(f"there is no image {name!r}: {did_you_mean(name, known)}")
     return known[name]
 
 
@@ -151,16 +155,16 @@ def load_description(path: Path) -> Description:
     """Read and check a description.
 
     Raises:
-        ImageError: not readable, no JSON, a field given twice, or anything that parse_description() refuses.
+        DescriptionError: not readable, no JSON, a field given twice, or anything that parse_description() refuses.
     """
     try:
         text = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ImageError(f"the image description {path} cannot be read ({error})") from error
+        raise DescriptionError(f"the image description {path} cannot be read ({error})") from error
     try:
         data = json.loads(text, object_pairs_hook=_without_duplicates)
     except ValueError as error:
-        raise ImageError(f"{path} is not valid JSON: {error}") from error
+        raise DescriptionError(f"{path} is not valid JSON: {error}") from error
     return parse_description(data, path.name)
 
 
@@ -168,7 +172,7 @@ def parse_description(data: Any, origin: str = "image description") -> Descripti
     """Check plain data.
 
     Raises:
-        ImageError: an unknown field, a wrong type or value, a name given twice, an unknown service, a cycle of
+        DescriptionError: an unknown field, a wrong type or value, a name given twice, an unknown service, a cycle of
             services; with the JSON path and a suggestion.
     """
     _check_schema(data, origin)
@@ -255,7 +259,7 @@ def _check_schema(data: Any, origin: str) -> None:
     found = sorted(_validator().iter_errors(data), key=lambda error: (len(error.absolute_path), error.json_path))
     if found:
         error = found[0]
-        raise ImageError(f"{origin}: {error.json_path}: {_explain(error)}")
+        raise DescriptionError(f"{origin}: {error.json_path}: {_explain(error)}")
 
 
 def _explain(error: Any) -> str:

@@ -18,9 +18,11 @@ from pathlib import Path
 
 from kata_lab.errors import ImageError
 from kata_lab.image.cpio import Node
+from kata_lab.image.spool import chunks_of
 from kata_lab.image.store import exclusive, scratch
 from kata_lab.image.tree import RootTree
 from kata_lab.paths import cache_directory
+from kata_lab.progress import ProgressMode
 
 BLOCK = 4096
 SPARE = 1.15
@@ -37,20 +39,21 @@ _DIRECTORIES = ("/usr/sbin", "/sbin", "/usr/local/sbin")
 
 
 @contextmanager
-def make_root(tree: RootTree, format: str, identity: str) -> Iterator[Path]:
-    """The file with the file system, which is there until the end of the ``with`` block.
+def make_root(tree: RootTree, format: str, identity: str, progress: ProgressMode = "auto") -> Iterator[Path]:
+    """The file with the file system, which may be moved away, and is removed at the end of the ``with`` block.
 
     Args:
         tree: the root.
         format: "erofs" or "ext4".
         identity: hexadecimal digits from which the file system's UUID comes.
+        progress: how to show that another process must be waited for.
 
     Raises:
         ImageError: the tool is not installed, or fails.
     """
     name = str(uuid.UUID(identity[:32]))
     work = cache_directory() / "disks"
-    with exclusive(work), scratch(work) as partial:
+    with exclusive(work, progress), scratch(work) as partial:
         root = partial / "root"
         _write(tree, root)
         place = partial / "image"
@@ -71,9 +74,10 @@ def _write(tree: RootTree, root: Path) -> None:
             place.mkdir()
             permissions.append((place, stat.S_IMODE(node.mode)))
         elif stat.S_ISLNK(node.mode):
-            place.symlink_to(node.data.decode("utf-8", "surrogateescape"))
+            place.symlink_to(node.content.decode("utf-8", "surrogateescape"))
         elif stat.S_ISREG(node.mode):
-            place.write_bytes(node.data)
+            with place.open("wb") as file:
+                file.writelines(chunks_of(node.data))
             place.chmod(stat.S_IMODE(node.mode))
     for place, mode in reversed(permissions):
         place.chmod(mode)

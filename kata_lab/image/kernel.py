@@ -20,6 +20,7 @@ from pathlib import Path
 from kata_lab.errors import ImageError
 from kata_lab.image.boot import kernel_image
 from kata_lab.image.deb import DebPackage, PackagedFile
+from kata_lab.image.spool import Content, Spool, Spooled
 
 FINIT_MODULE = {"riscv64": 273, "amd64": 313}
 """The number of the system call that loads a module, by architecture."""
@@ -28,6 +29,7 @@ _X86_MAGIC = b"HdrS"
 _X86_MAGIC_OFFSET = 0x202
 _SIGNATURE_MAGIC = b"~Module signature appended~\n"
 _SIGNATURE_DETAILS = 12
+_BUILT_IN = "/modules.builtin"
 _MODULE_ENDINGS = (".ko", ".ko.xz", ".ko.gz")
 
 
@@ -42,45 +44,62 @@ class UnknownModuleError(ImageError):
 
 @dataclass(frozen=True)
 class Module:
-    """A module on its way into an image: its path below ``usr/lib/modules/<release>`` and its plain content."""
+    """A module on its way into an image: its path below ``usr/lib/modules/<release>``, and its content, unpacked."""
 
     name: str
     path: str
-    content: bytes
+    content: Content
     depends: tuple[str, ...]
     aliases: tuple[str, ...] = ()
 
 
 class KernelPackage:
-    """A kernel package, read once.
+    """A kernel package, read once: of the hundred megabytes that its modules have, none stay in memory.
 
     Args:
         package: the ``.deb`` file.
         architecture: as Debian names it.
+        spool: where the kernel and its modules are kept; it must stay open for as long as this object is of use.
+
+    Attributes:
+        image: the kernel.
+        release: its version, as ``uname -r`` prints it.
 
     Raises:
         ImageError: no kernel in it, or one of another architecture.
     """
 
-    def __init__(self, package: Path, architecture: str) -> None:
-        self._package = package
-        self._files: dict[str, tuple[str, bytes]] = {}
-        self._built_in: list[str] = []
-        self.image = b""
-        self.release = ""
+    def __init__(self, package: Path, architecture: str, spool: Spool) -> None:
+        self._spool = spool
+        self._files: dict[str, tuple[str, Spooled]] = {}
+        self._built_in: frozenset[str] = frozenset()
+        image: Spooled | None = None
         with DebPackage(package) as opened:
-            for file, content in opened.contents(_is_wanted):
+            for file, chunks in opened.entries(_is_wanted):
+                if file.kind != "file" or not _is_wanted(file):
+                    continue
                 if file.path.startswith("boot/"):
-                    origin = f"{file.path} of {package.name}"
-                    self.image = kernel_image(content, origin) if architecture == "riscv64" else _x86(content, origin)
+                    image = spool.add([_kernel(b"".join(chunks), f"{file.path} of {package.name}", architecture)])
                     self.release = file.path.partition("-")[2]
-                elif file.path.endswith("/modules.builtin"):
-                    self._built_in = [_module_name(line) for line in content.decode().split()]
+                elif file.path.endswith(_BUILT_IN):
+                    lines = b"".join(chunks).decode("utf-8", "replace").split()
+                    self._built_in = frozenset(module_name(line) for line in lines)
                 else:
                     below = file.path.partition("lib/modules/")[2].partition("/")[2]
-                    self._files[_module_name(file.path)] = (below, content)
-        if not self.image:
+                    self._files[module_name(file.path)] = (below, spool.add(chunks))
+        if image is None:
             raise ImageError(f"the package {package.name} holds no kernel: a file boot/vmlinuz-<version> was expected")
+        self.image = image
+
+    @property
+    def loadable(self) -> frozenset[str]:
+        """The names of the modules that have a file."""
+        return frozenset(self._files)
+
+    @property
+    def built_in(self) -> frozenset[str]:
+        """The names of the modules that are part of the kernel."""
+        return self._built_in
 
     def modules(self, names: tuple[str, ...]) -> list[Module]:
         """These modules and all that they need, each after what it depends on; what is built in needs no file.
@@ -97,13 +116,13 @@ class KernelPackage:
             if name not in self._files:
                 raise UnknownModuleError(name, sorted((*self._files, *self._built_in)))
             path, packed = self._files[name]
-            content = _unpacked(path, packed)
+            content = _unpacked(path, packed.read())
             depends, aliases = _modinfo(path, content)
             for needed in depends:
                 visit(needed)
             plain = path.removesuffix(".xz").removesuffix(".gz")
-            content = _without_signature(content)
-            found[name] = Module(name, plain, content, tuple(each for each in depends if each in found), tuple(aliases))
+            kept = self._spool.add([_without_signature(content)])
+            found[name] = Module(name, plain, kept, tuple(each for each in depends if each in found), tuple(aliases))
 
         for name in names:
             visit(name)
@@ -137,10 +156,16 @@ def _all_needed(modules: dict[str, Module], name: str) -> list[str]:
 def _is_wanted(file: PackagedFile) -> bool:
     if file.path.startswith(("boot/vmlinux-", "boot/vmlinuz-")):
         return True
-    return "lib/modules/" in file.path and file.path.endswith((*_MODULE_ENDINGS, "/modules.builtin"))
+    return is_module(file.path) or ("lib/modules/" in file.path and file.path.endswith(_BUILT_IN))
 
 
-def _module_name(path: str) -> str:
+def is_module(path: str) -> bool:
+    """Whether a path in a package is that of a module."""
+    return "lib/modules/" in path and path.endswith(_MODULE_ENDINGS)
+
+
+def module_name(path: str) -> str:
+    """The name of the module with this path; the kernel takes ``-`` and ``_`` for the same."""
     return path.rpartition("/")[2].partition(".ko")[0].replace("-", "_")
 
 
@@ -177,7 +202,10 @@ def _without_signature(content: bytes) -> bytes:
     return content[: end - _SIGNATURE_DETAILS - length]
 
 
-def _x86(data: bytes, origin: str) -> bytes:
+def _kernel(data: bytes, origin: str, architecture: str) -> bytes:
+    """The kernel that a boot loader would load, once it is certain that it is one."""
+    if architecture == "riscv64":
+        return kernel_image(data, origin)
     found = data[_X86_MAGIC_OFFSET : _X86_MAGIC_OFFSET + 4]
     if found != _X86_MAGIC:
         raise ImageError(

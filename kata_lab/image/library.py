@@ -19,14 +19,15 @@ import re
 import shutil
 import tarfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kata_lab.errors import ImageError
-from kata_lab.image.store import exclusive, publish, scratch, sha256_of, write_synced
+from kata_lab.image.store import exclusive, publish, scratch, sha256_of, synced, write_synced
 from kata_lab.paths import cache_directory
+from kata_lab.progress import ProgressMode
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -94,10 +95,15 @@ class Image:
 
 
 class Library:
-    """The images of this user."""
+    """The images of this user.
 
-    def __init__(self) -> None:
+    Args:
+        progress: how to show that another process must be waited for.
+    """
+
+    def __init__(self, progress: ProgressMode = "auto") -> None:
         self.directory = cache_directory() / "images"
+        self._progress = progress
 
     def names(self) -> list[str]:
         """The names of all images."""
@@ -122,26 +128,30 @@ class Library:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ImageError(f"the image {name!r} cannot be read ({error}): build it again") from error
 
-    def add(self, manifest: dict[str, Any], files: Mapping[str, bytes | Path]) -> Image:
+    def add(self, manifest: dict[str, Any], files: Mapping[str, bytes | Iterable[bytes] | Path]) -> Image:
         """Take in an image and give it its name; one that had the name is removed.
 
         Args:
             manifest: without ``files``, which is added here.
-            files: name → content, or a file beneath this directory that is moved.
+            files: name → content, as a whole or in chunks, or a file that is moved away from where it is.
 
         Raises:
             ImageError: the disk is full.
         """
-        written = {name: _describe(content) for name, content in sorted(files.items())}
-        text = json.dumps({**manifest, "format": FORMAT, "files": written}, indent=1, sort_keys=True).encode() + b"\n"
-        with exclusive(self.directory), scratch(self.directory) as partial:
+        with exclusive(self.directory, self._progress), scratch(self.directory) as partial:
             new = partial / "new"
             new.mkdir()
+            written = {}
             for name, content in files.items():
                 if isinstance(content, Path):
-                    shutil.copyfile(content, new / name)
+                    shutil.move(content, new / name)
+                    synced(new / name)
                 else:
                     write_synced(new / name, content)
+                written[name] = {"size": (new / name).stat().st_size, "sha256": sha256_of(new / name)}
+            text = (
+                json.dumps({**manifest, "format": FORMAT, "files": written}, indent=1, sort_keys=True).encode() + b"\n"
+            )
             return self._publish(new, text, str(manifest["name"]), partial)
 
     def remove(self, name: str) -> None:
@@ -152,7 +162,7 @@ class Library:
         """
         if name not in self.names():
             self.find(name)
-        with exclusive(self.directory):
+        with exclusive(self.directory, self._progress):
             (self.directory / f"{name}.json").unlink(missing_ok=True)
             self._sweep()
 
@@ -190,7 +200,7 @@ class Library:
             ImageError: not an exported image, or one that was changed, is cut short, or holds anything else.
         """
         refusal = f"{place} is no image that can be imported"
-        with exclusive(self.directory), scratch(self.directory) as partial:
+        with exclusive(self.directory, self._progress), scratch(self.directory) as partial:
             new = partial / "new"
             new.mkdir()
             try:
@@ -215,6 +225,8 @@ class Library:
         if _identity(text) != identity:
             raise ValueError("its manifest was changed")
         image = Image(identity, directory, json.loads(text))
+        if image.manifest["format"] != FORMAT:
+            raise ValueError(f"it has format {image.manifest['format']!r}, and this version reads {FORMAT}")
         for name, written in image.manifest["files"].items():
             if (directory / name).stat().st_size != written["size"]:
                 raise ValueError(f"{name} has another size than it had")
@@ -245,12 +257,6 @@ class Library:
 
 def _identity(manifest: bytes) -> str:
     return hashlib.sha256(manifest).hexdigest()[:32]
-
-
-def _describe(content: bytes | Path) -> dict[str, Any]:
-    if isinstance(content, Path):
-        return {"size": content.stat().st_size, "sha256": sha256_of(content)}
-    return {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
 def _read_manifest(archive: tarfile.TarFile, first: tarfile.TarInfo | None, refusal: str) -> bytes:

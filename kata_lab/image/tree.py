@@ -1,4 +1,4 @@
-"""A root file system in memory, put together from packages and files of one's own.
+"""A root file system, put together from packages and files of one's own; contents of packages lie in a spool.
 
 Nothing of a package touches the host's file system: its members become nodes of this tree, which then becomes an
 initramfs or is handed to a file system's own tool. Follows hier(7) with a merged ``/usr`` (``/bin``, ``/sbin`` and
@@ -12,13 +12,14 @@ from __future__ import annotations
 import re
 import stat
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 
 from kata_lab.errors import ImageError
-from kata_lab.image.cpio import Compression, Initramfs, Node
+from kata_lab.image.cpio import Initramfs, Node
 from kata_lab.image.deb import DebPackage, PackagedFile
+from kata_lab.image.spool import Content, Spool
 
 MERGED = {"riscv64": ("bin", "sbin", "lib"), "amd64": ("bin", "sbin", "lib", "lib64")}
 OWN = "(kata-lab)"
@@ -34,10 +35,12 @@ class RootTree:
 
     Args:
         architecture: as Debian names it; decides which top directories are links.
+        spool: where contents of packages are kept; it must stay open for as long as the tree is of use.
         excluded: patterns of what is left out of packages, see Patterns.
     """
 
-    def __init__(self, architecture: str, excluded: Sequence[str] = ()) -> None:
+    def __init__(self, architecture: str, spool: Spool, excluded: Sequence[str] = ()) -> None:
+        self._spool = spool
         self._nodes: dict[str, Node] = {}
         self._owners: dict[str, str] = {}
         self._excluded = Patterns(excluded)
@@ -57,14 +60,15 @@ class RootTree:
             def wanted(file: PackagedFile) -> bool:
                 return not self._excluded.match(file.path) or file.path in shared
 
-            contents: dict[str, bytes] = {}
-            for file, content in opened.entries(wanted):
+            contents: dict[str, Content] = {}
+            for file, chunks in opened.entries(wanted):
+                content: Content = self._spool.add(chunks) if file.kind == "file" else b""
                 if file.path in shared:
                     contents[file.path] = content
                 if file.path and not self._excluded.match(file.path):
                     self._install(file, contents.get(file.target, content), owner)
 
-    def file(self, path: str, data: bytes, permissions: int = 0o644, owner: str = OWN) -> None:
+    def file(self, path: str, data: Content, permissions: int = 0o644, owner: str = OWN) -> None:
         """Write a regular file, in place of one that is there."""
         self._replace(path, Node(stat.S_IFREG | permissions, data), owner)
 
@@ -94,7 +98,7 @@ class RootTree:
             node = self._nodes.get(self._resolve(path, last=True))
         except ImageError:
             return None
-        return node.data if node is not None and stat.S_ISREG(node.mode) else None
+        return node.content if node is not None and stat.S_ISREG(node.mode) else None
 
     def nodes(self) -> Iterable[tuple[str, Node]]:
         """Everything, sorted by path: a directory comes before what is in it."""
@@ -113,14 +117,14 @@ class RootTree:
         """Bytes of all regular files."""
         return sum(len(node.data) for node in self._nodes.values() if stat.S_ISREG(node.mode))
 
-    def pack(self, compression: Compression = "none") -> bytes:
-        """The tree as an initramfs; equal trees give equal bytes."""
+    def chunks(self) -> Iterator[bytes]:
+        """The tree as an initramfs, a part at a time; equal trees give equal bytes."""
         archive = Initramfs()
         for path, node in self.nodes():
             archive.add(path, node)
-        return archive.pack(compression)
+        return archive.chunks()
 
-    def _install(self, file: PackagedFile, content: bytes, owner: str) -> None:
+    def _install(self, file: PackagedFile, content: Content, owner: str) -> None:
         match file.kind:
             case "directory":
                 place = self._resolve(file.path)
@@ -202,7 +206,7 @@ class RootTree:
                 links += 1
                 if links > _MOST_LINKS:
                     raise ImageError(f"{path!r} is refused: its links go in a circle")
-                target = node.data.decode("utf-8", "surrogateescape")
+                target = node.content.decode("utf-8", "surrogateescape")
                 done = [] if target.startswith("/") else done[:-1]
                 waiting += [each for each in target.split("/") if each not in ("", ".")][::-1]
             elif waiting and not stat.S_ISDIR(node.mode):

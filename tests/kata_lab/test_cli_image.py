@@ -82,6 +82,6 @@ def test_unknown_image_fails_with_one_sentence(capsys: pytest.CaptureFixture[str
 def test_mistake_in_a_description_fails_with_its_path(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "mine.json").write_text('{"name": "mine", "pakages": []}')
 
-    assert main(["image", "build", str(tmp_path / "mine.json")]) == 1
+    assert main(["image", "build", str(tmp_path / "mine.json")]) == 2
 
     assert "mine.json: $: the field 'pakages' is unknown: did you mean 'packages'?" in capsys.readouterr().err
