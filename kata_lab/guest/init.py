@@ -3,7 +3,9 @@
 
 Runs in MicroPython 1.25 (unix port) with its ``ffi`` module over the C library. What to do is in
 ``/etc/kata-lab/init.json``, which the image builder writes: modules in the order of their dependencies, services in the
-order of theirs. The kernel's side is Documentation/filesystems/ramfs-rootfs-initramfs.rst (PID 1 never exits) and
+order of theirs. Then the drivers of those virtio devices are loaded that are present: each tells its name in sysfs
+(``modalias``, as ``virtio:d00000002vFFFFFFFF``), ``modules.alias`` has the module for it, and ``modules.dep`` what that
+needs first. The kernel's side is Documentation/filesystems/ramfs-rootfs-initramfs.rst (PID 1 never exits) and
 reboot(2). Signals are busybox's: SIGUSR2 powers off, SIGUSR1 halts, SIGTERM resets. Words on the kernel command line:
 ``kata.run="…"`` or ``kata.run.base64=…`` runs a shell command after the services are up and powers off,
 ``kata.poweroff`` powers off at once. Leaves out run levels, sockets that start services, and logins.
@@ -34,6 +36,9 @@ MOUNTS = (
     ("cgroup2", "/sys/fs/cgroup", "cgroup2", MS_NOSUID | MS_NODEV | MS_NOEXEC, ""),
 )
 EBUSY, EEXIST = 16, 17
+MODULES = "/lib/modules/"
+VIRTIO_DEVICES = "/sys/bus/virtio/devices"
+AF_INET, SOCK_DGRAM, SIOCSIFFLAGS, IFF_UP, IFF_RUNNING = 2, 2, 0x8914, 0x1, 0x40
 
 SIGINT, SIGKILL, SIGUSR1, SIGUSR2, SIGTERM, SIGCHLD = 2, 9, 10, 12, 15, 17
 SIG_BLOCK, SIG_SETMASK = 0, 2
@@ -61,6 +66,8 @@ _sigtimedwait = _libc.func("i", "sigtimedwait", "ppp")
 _sync = _libc.func("v", "sync", "")
 _reboot = _libc.func("i", "reboot", "I")
 _sethostname = _libc.func("i", "sethostname", "sL")
+_socket = _libc.func("i", "socket", "iii")
+_ioctl = _libc.func("i", "ioctl", "iLp")
 
 _signals = bytearray(128)
 _signals[0:8] = sum(1 << (number - 1) for number in (SIGINT, SIGUSR1, SIGUSR2, SIGTERM, SIGCHLD)).to_bytes(8, "little")
@@ -134,13 +141,58 @@ def overlay(paths):
 
 
 def load_modules(paths, finit_module):
+    """Load module files in this order; one that the kernel has already is well."""
     for path in paths:
         descriptor = _open(path, 0, 0)
-        failed = descriptor < 0 or _syscall(finit_module, descriptor, "", 0) != 0
+        loaded = descriptor >= 0 and (_syscall(finit_module, descriptor, "", 0) == 0 or os.errno() == EEXIST)
         if descriptor >= 0:
             _close(descriptor)
-        if failed:
+        if not loaded:
             say(f"module {path} cannot be loaded")
+
+
+def first_line(path):
+    with open(path) as file:
+        return file.readline().strip()
+
+
+def load_drivers(finit_module):
+    """Load the drivers of the virtio devices that the machine has, as modprobe would."""
+    try:
+        devices = sorted(entry[0] for entry in os.ilistdir(VIRTIO_DEVICES))
+    except OSError:
+        return  # no bus of that name: virtio_mmio is not loaded
+    if not devices:
+        return
+    names = [first_line(f"{VIRTIO_DEVICES}/{device}/modalias") for device in devices]
+    base = MODULES + first_line("/proc/sys/kernel/osrelease")
+    wanted = []
+    with open(base + "/modules.alias") as file:
+        for line in file:
+            words = line.split()  # alias virtio:d00000002v* virtio_blk
+            if any(name.startswith(words[1].rstrip("*")) for name in names):
+                wanted.append(words[2])
+    loaded = set()
+    with open(base + "/modules.dep") as file:
+        for line in file:
+            path, _, needed = line.partition(":")  # kernel/…/virtio_net.ko: kernel/…/net_failover.ko kernel/…
+            if path.split("/")[-1].split(".")[0].replace("-", "_") not in wanted:
+                continue
+            for each in list(reversed(needed.split())) + [path]:
+                if each not in loaded:
+                    loaded.add(each)
+                    load_modules([f"{base}/{each}"], finit_module)
+
+
+def bring_up_loopback():
+    descriptor = _socket(AF_INET, SOCK_DGRAM, 0)
+    request = bytearray(40)  # struct ifreq: 16 bytes of name, then flags
+    request[0:2] = b"lo"
+    request[16] = IFF_UP | IFF_RUNNING
+    if descriptor < 0 or _ioctl(descriptor, SIOCSIFFLAGS, request) != 0:
+        say("the loopback interface cannot be brought up")
+    if descriptor >= 0:
+        _close(descriptor)
 
 
 def c_strings(texts):
@@ -276,6 +328,8 @@ def main():
         configuration = json.load(file)
     overlay(configuration["writable"])
     load_modules(configuration["modules"], configuration["finit_module"])
+    load_drivers(configuration["finit_module"])
+    bring_up_loopback()
     _sethostname(configuration["name"], len(configuration["name"]))
     with open("/proc/cmdline") as file:
         command = wanted_command(file.read())
