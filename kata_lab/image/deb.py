@@ -8,6 +8,7 @@ gets goes from here into an image and never touches the host's file system.
 
 from __future__ import annotations
 
+import gzip
 import io
 import lzma
 import tarfile
@@ -27,8 +28,9 @@ if TYPE_CHECKING:
 AR_MAGIC = b"!<arch>\n"
 AR_HEADER = 60
 
+_BUFFER = 1 << 16
 _CHUNK = 1 << 20
-_STREAM_MODES: dict[str, Literal["r|", "r|gz", "r|xz"]] = {"": "r|", ".gz": "r|gz", ".xz": "r|xz"}
+_COMPRESSIONS = ("", ".gz", ".xz")
 
 
 @dataclass(frozen=True)
@@ -129,8 +131,11 @@ class DebPackage:
     def _walk(
         self, member: str, wanted: Callable[[PackagedFile], bool]
     ) -> Iterator[tuple[PackagedFile, Iterator[bytes]]]:
-        suffix, stream = self._tar(member)
-        with self._unpacking(member), tarfile.open(fileobj=stream, mode=_STREAM_MODES[suffix]) as archive:
+        with (
+            self._unpacking(member),
+            self._tar(member) as stream,
+            tarfile.open(fileobj=stream, mode="r|", bufsize=_BUFFER) as archive,
+        ):
             for info in archive:
                 entry = _packaged(info, self.path)
                 content: Iterator[bytes] = iter(())
@@ -157,18 +162,28 @@ class DebPackage:
                 f"the package {self.path} is damaged: its {member} cannot be unpacked ({error})"
             ) from error
 
-    def _tar(self, member: str) -> tuple[str, BinaryIO]:
+    def _tar(self, member: str) -> io.BufferedIOBase:
         for name, (start, size) in self._members.items():
             if not name.startswith(member):
                 continue
             suffix = name.removeprefix(member)
-            if suffix not in _STREAM_MODES:
+            if suffix not in _COMPRESSIONS:
                 raise ImageError(
                     f"the package {self.path} holds {name!r}, whose compression is not supported: "
                     "Debian's own packages use xz or gzip"
                 )
-            return suffix, io.BufferedReader(_Window(self._file, start, size), 1 << 16)
+            return _unpacked(io.BufferedReader(_Window(self._file, start, size), _BUFFER), suffix)
         raise ImageError(f"the package {self.path} has no {member}: it is not a Debian binary package")
+
+
+def _unpacked(packed: io.BufferedReader, suffix: str) -> io.BufferedIOBase:
+    """Unpacks no more than is read, however much a few bytes stand for; tarfile's own modes would unpack it at once."""
+    match suffix:
+        case ".gz":
+            return gzip.GzipFile(fileobj=packed)
+        case ".xz":
+            return lzma.LZMAFile(packed)
+    return packed
 
 
 class _Window(io.RawIOBase):

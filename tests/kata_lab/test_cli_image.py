@@ -42,6 +42,40 @@ def test_list_has_every_image(capsys: pytest.CaptureFixture[str]) -> None:
     assert [each["name"] for each in json.loads(capsys.readouterr().out)] == ["large", "small"]
 
 
+def damage(name: str) -> None:
+    Library().find(name).root.write_bytes(b"short")
+
+
+def test_list_tells_of_a_damaged_image_in_its_row_and_fails(capsys: pytest.CaptureFixture[str]) -> None:
+    damage("large")
+
+    assert main(["image", "list"]) == 1
+
+    told = capsys.readouterr()
+    _, large, small = told.out.splitlines()
+    assert large.startswith("large            damaged: the image 'large' cannot be read (root.cpio has another size")
+    assert large.endswith("build it again")
+    assert small.split()[:2] == ["small", "2"]
+    assert told.err.startswith("kata-lab: the image 'large' is damaged: build again what you need")
+
+
+def test_list_as_data_tells_of_a_damaged_image(capsys: pytest.CaptureFixture[str]) -> None:
+    damage("small")
+
+    assert main(["image", "list", "--json"]) == 1
+
+    large, small = json.loads(capsys.readouterr().out)
+    assert large["packages"] == 2
+    assert small.keys() == {"name", "damaged"}
+
+
+def test_damaged_image_can_be_removed() -> None:
+    damage("small")
+
+    assert main(["image", "rm", "small"]) == 0
+    assert main(["image", "list"]) == 0
+
+
 def test_show_tells_packages_by_size_services_and_kernel(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["image", "show", "small"]) == 0
 

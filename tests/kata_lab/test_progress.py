@@ -49,6 +49,38 @@ def test_lines_on_request_say_how_each_step_ended() -> None:
     assert stream.getvalue().startswith("Fetching: failed after ")
 
 
+def test_step_that_its_owner_calls_failed_is_not_done() -> None:
+    for stream, mode in ((io.StringIO(), "lines"), (Terminal(), "bar")):
+        with Progress("Fetching", total=4, mode=mode, stream=stream) as bar:
+            bar.advance(1)
+            bar.fail()
+        assert "failed" in stream.getvalue()
+        assert "done" not in stream.getvalue()
+        assert "100%" not in stream.getvalue()
+
+
+def test_bar_of_a_step_that_an_exception_ends_says_so() -> None:
+    stream = Terminal()
+    with pytest.raises(ValueError, match="inside"), Progress("Fetching", total=4, stream=stream):
+        raise ValueError("inside")
+    assert "failed" in stream.getvalue()
+
+
+def test_announced_step_is_told_when_it_begins() -> None:
+    stream = io.StringIO()
+    with Progress("Waiting for process 7", mode="lines", announced=True, stream=stream) as bar:
+        assert stream.getvalue() == "Waiting for process 7…\n"
+        bar.tick()
+
+
+def test_bar_without_a_total_shows_the_time_that_passes() -> None:
+    stream = Terminal()
+    with Progress("Waiting for process 7", stream=stream) as bar:
+        bar.tick()
+    assert "Waiting for process 7: 00:00" in stream.getvalue()
+    assert "step" not in stream.getvalue()
+
+
 def test_environment_chooses_the_mode(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KATA_LAB_PROGRESS", "off")
     assert run(Terminal()) == ""

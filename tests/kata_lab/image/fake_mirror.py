@@ -22,6 +22,7 @@ BUSYBOX = b"\x7fELF busybox " * 500
 RELEASE = "6.99-riscv64"
 X86_KERNEL = bytes(0x202) + b"HdrS" + b"kernel" * 1000
 INDEX = "main/binary-riscv64/Packages"
+CONTENTS = "main/Contents-riscv64"
 
 
 def build_deb(
@@ -132,18 +133,25 @@ class FakeMirror:
         self.architecture = "riscv64"
         self.packages: dict[str, tuple[str, dict[str, bytes | str]]] = {}
         self.modules: dict[str, bytes] = {}
+        self.built_in: list[str] = []
+        self.contents = True
+        self.unlisted = ""
         self.publish()
 
     def publish(self, release: str = RELEASE, signer: Signer | None = None) -> None:
         """Serve an archive whose kernel has this release, signed by `signer`.
 
-        `packages` (name → dependencies and files) are in it too, and `modules` (name → content) in its kernel.
+        `packages` (name → dependencies and files) are in it too, `modules` (name → content) and `built_in` in its
+        kernel, and the index Contents if `contents` is true, without the package `unlisted`.
         """
         architecture = self.architecture
         program = X86_KERNEL if architecture == "amd64" else KERNEL
         kernel: dict[str, bytes | str] = {f"boot/vmlinux-{release}": program + release.encode()}
         for name, content in self.modules.items():
             kernel[f"usr/lib/modules/{release}/kernel/{name}.ko.xz"] = lzma.compress(content)
+        if self.built_in:
+            lines = "".join(f"kernel/drivers/{name}.ko\n" for name in self.built_in)
+            kernel[f"usr/lib/modules/{release}/modules.builtin"] = lines.encode()
         packages: dict[str, tuple[str, dict[str, bytes | str]]] = {
             f"linux-image-{architecture}": (f"linux-image-{release} (= 1)", {}),
             f"linux-image-{release}": ("", kernel),
@@ -161,13 +169,20 @@ class FakeMirror:
             path = f"pool/{name}_1-1_{architecture}.deb"
             self.files[f"/{path}"] = deb
             index += f"{control}Filename: {path}\nSize: {len(deb)}\nSHA256: {hashlib.sha256(deb).hexdigest()}\n\n"
-        digest = hashlib.sha256(index.encode()).hexdigest()
-        path = INDEX.replace("riscv64", architecture)
+        indices = {INDEX.replace("riscv64", architecture): index.encode()}
+        if self.contents:
+            rows = [(path, name) for name, (_, files) in packages.items() for path in files if name != self.unlisted]
+            text = "".join(f"{path:60} section/{name}\n" for path, name in sorted(rows)).encode()
+            path = CONTENTS.replace("riscv64", architecture)
+            indices |= {path: text, f"{path}.gz": gzip.compress(text, mtime=0)}
         statement = (
             "Origin: Test\nSuite: trixie\nCodename: trixie\nDate: Sat, 01 Aug 2026 00:00:00 UTC\n"
-            f"Architectures: {architecture}\nComponents: main\nSHA256:\n {digest} {len(index)} {path}\n"
+            f"Architectures: {architecture}\nComponents: main\nSHA256:\n"
         ).encode()
-        self.files[f"/dists/trixie/{path}"] = index.encode()
+        for path, data in indices.items():
+            statement += f" {hashlib.sha256(data).hexdigest()} {len(data)} {path}\n".encode()
+            if not path.endswith(CONTENTS.replace("riscv64", architecture)):  # which Debian has only compressed
+                self.files[f"/dists/trixie/{path}"] = data
         self.files["/dists/trixie/Release"] = statement
         self.files["/dists/trixie/InRelease"] = (signer or self._signer).sign(statement)
 

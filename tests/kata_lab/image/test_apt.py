@@ -138,6 +138,40 @@ def test_unreachable_mirror_is_named(home: Path, signer: Signer) -> None:
         archive.find("busybox-static")
 
 
+def test_full_disk_is_told_as_what_it_is(
+    mirror: FakeMirror, signer: Signer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "programs" / "apt-get"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\necho 'E: Write error - write (28: No space left on device)'\nexit 100\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+
+    with pytest.raises(ImageError, match=r"the disk with the cache directory .* is full: make room there") as refused:
+        open_archive(mirror, signer).find("busybox-static")
+    assert "network" not in str(refused.value)
+
+
+def test_download_that_fails_is_not_shown_as_done(
+    mirror: FakeMirror, signer: Signer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mirror.files.clear()
+
+    with pytest.raises(ImageError):
+        Archive(mirror.uri, keyring=signer.keyring, progress="lines").find("busybox-static")
+
+    assert capsys.readouterr().err.startswith("Reading Debian's package index: failed after ")
+
+
+def test_files_of_a_package_are_known_without_it(mirror: FakeMirror, signer: Signer) -> None:
+    archive = open_archive(mirror, signer)
+
+    assert archive.paths_of("busybox-static") == {"usr/bin/busybox"}
+    assert archive.paths_of("busybox-stati") is None
+    assert mirror.requests_for("Contents-riscv64.gz") == 1
+    assert mirror.requests_for(".deb") == 0
+
+
 def test_mirror_without_the_suite_is_named(mirror: FakeMirror, signer: Signer) -> None:
     mirror.files.clear()
 

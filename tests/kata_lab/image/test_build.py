@@ -16,9 +16,9 @@ import pytest
 
 from kata_lab.errors import ImageError
 from kata_lab.image.build import BuildOptions, build_image
-from kata_lab.image.description import parse_description
+from kata_lab.image.description import DescriptionError, parse_description
 from kata_lab.image.library import Image, Library
-from tests.kata_lab.image.fake_mirror import KERNEL, RELEASE, X86_KERNEL, FakeMirror, Signer, build_module
+from tests.kata_lab.image.fake_mirror import CONTENTS, KERNEL, RELEASE, X86_KERNEL, FakeMirror, Signer, build_module
 from tests.kata_lab.image.test_cpio import read_newc
 
 DESCRIPTION: dict[str, Any] = {
@@ -187,11 +187,93 @@ def test_unknown_package_is_refused_before_anything_is_downloaded(
     assert archive.requests_for(".deb") == 0
 
 
-def test_unknown_module_is_refused_before_any_package_but_the_kernel_is_downloaded(
+def with_modules(*names: str) -> dict[str, Any]:
+    return changed(lambda data: data["kernel"].update(modules=list(names)))
+
+
+@pytest.mark.parametrize("field", ["modules", "modules_on_demand"])
+def test_unknown_module_is_refused_before_any_package_is_downloaded(
+    archive: FakeMirror, signer: Signer, home: Path, field: str
+) -> None:
+    data = changed(lambda data: data["kernel"].update({field: ["upper", "uper"]}))
+
+    with pytest.raises(
+        DescriptionError, match=rf"\$\.kernel\.{field}\[1\]: kernel {RELEASE} has no module 'uper': .*'upper'"
+    ):
+        build(archive, signer, home, data)
+
+    assert not [path for path in archive.requests if path.startswith("/pool/")]
+    assert not (home / "tiny.lock.json").exists()
+
+
+def test_module_that_only_the_index_of_files_knows_is_taken(archive: FakeMirror, signer: Signer, home: Path) -> None:
+    archive.modules["dashed-name"] = build_module()
+    archive.publish()
+
+    image = build(archive, signer, home, with_modules("dashed_name", "upper"))
+
+    assert image.manifest["modules"] == ["dashed_name", "lower", "upper"]
+    assert archive.requests_for(f"{CONTENTS}.gz") == 1
+
+
+def test_usual_modules_need_no_index_of_files(archive: FakeMirror, signer: Signer, home: Path) -> None:
+    archive.modules = {"virtio_net": build_module("net-failover"), "net_failover": build_module()}
+    archive.built_in = ["virtio_console"]
+    archive.publish()
+
+    image = build(archive, signer, home, with_modules("virtio-net", "virtio-console"))
+
+    assert image.manifest["modules"] == ["net_failover", "virtio_net"]
+    assert archive.requests_for(f"{CONTENTS}.gz") == 0
+
+
+def test_kernel_that_was_unpacked_once_is_known_without_its_package(
     archive: FakeMirror, signer: Signer, home: Path
 ) -> None:
+    archive.built_in = ["unheard_of"]
+    archive.publish()
+    build(archive, signer, home)
+    shutil.rmtree(home / "cache" / "packages")
+    asked = archive.requests.total()
+
+    with pytest.raises(DescriptionError, match=r"has no module 'unheard_off': did you mean 'unheard_of'\?"):
+        build(archive, signer, home, with_modules("unheard_of", "unheard_off"))
+
+    assert archive.requests.total() == asked
+
+
+def test_damaged_list_of_modules_is_not_believed(archive: FakeMirror, signer: Signer, home: Path) -> None:
+    build(archive, signer, home)
+    (names,) = (home / "cache" / "modules").glob("*.modules")
+    names.write_bytes(names.read_bytes().replace(b"other", b"ofher"))
+    shutil.rmtree(home / "cache" / "packages")
+
+    assert build(archive, signer, home, with_modules("other")).manifest["modules"] == ["other"]
+
+
+def test_index_of_files_that_the_signature_does_not_cover_is_refused(
+    archive: FakeMirror, signer: Signer, home: Path
+) -> None:
+    archive.faults[f"{CONTENTS}.gz"] = "wrong hash"
+
+    with pytest.raises(ImageError, match="the list of files of Debian trixie with a wrong hash or size"):
+        build(archive, signer, home)
+
+    assert archive.requests_for(".deb") == 0
+
+
+@pytest.mark.parametrize("lost", ["index", "file", "package"])
+def test_unknown_module_is_refused_before_any_other_package_where_its_files_are_not_listed(
+    archive: FakeMirror, signer: Signer, home: Path, lost: str
+) -> None:
+    archive.contents = lost != "index"
+    archive.unlisted = f"linux-image-{RELEASE}" if lost == "package" else ""
+    archive.publish()
+    if lost == "file":
+        del archive.files[f"/dists/trixie/{CONTENTS}.gz"]
+
     with pytest.raises(ImageError, match=r"\$\.kernel\.modules\[0\]: kernel .* has no module 'uper': .*'upper'"):
-        build(archive, signer, home, changed(lambda data: data["kernel"].update(modules=["uper"])))
+        build(archive, signer, home, with_modules("uper"))
 
     assert archive.requests_for(".deb") == 1
 
