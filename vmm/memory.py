@@ -1,15 +1,15 @@
 """Guest memory: RAM in anonymous mappings, reached through bounds-checked access.
 
 The host gives a page to the guest only when the guest (or a device) first touches it: the mapping is private, anonymous
-and reserves no swap. Writers on the host side tell listeners what they wrote, since an engine that keeps decoded
-instructions must drop those of an overwritten page.
+and reserves no swap; :meth:`GuestMemory.release` takes pages back. Writers on the host side tell listeners what they
+wrote, since an engine that keeps decoded instructions must drop those of an overwritten page.
 """
 
 from __future__ import annotations
 
 import ctypes
 import mmap
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import TracebackType
 
 from vmm.errors import ConfigError, GuestAddressError
@@ -37,6 +37,8 @@ class GuestMemory:
             raise ConfigError(f"guest memory size {size} must be a positive multiple of {PAGE_SIZE} bytes")
         self.base = base
         self.size = size
+        #: Guest-physical address of the byte after the last.
+        self.end = base + size
         try:
             flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
             self._map = mmap.mmap(-1, size, flags=flags)
@@ -49,11 +51,7 @@ class GuestMemory:
         self.host_address = ctypes.addressof(anchor)
         del anchor
         self._listeners: list[WriteListener] = []
-
-    @property
-    def end(self) -> int:
-        """Guest-physical address of the byte after the last."""
-        return self.base + self.size
+        self._release_listeners: list[WriteListener] = []
 
     def __contains__(self, address: int) -> bool:
         return self.base <= address < self.end
@@ -81,6 +79,16 @@ class GuestMemory:
         offset = self._offset(address, length)
         return self._view[offset : offset + length]
 
+    def views(self, ranges: Iterable[tuple[int, int]]) -> list[memoryview]:
+        """As :meth:`view`, for several ranges of address and length."""
+        whole, base, end = self._view, self.base, self.end
+        found = []
+        for address, length in ranges:
+            if length < 0 or not base <= address <= end - length:
+                self._offset(address, length)  # refuses it
+            found.append(whole[address - base : address - base + length])
+        return found
+
     def read_int(self, address: int, width: int) -> int:
         """A little-endian unsigned integer of ``width`` bytes."""
         return int.from_bytes(self.read(address, width), "little")
@@ -89,13 +97,36 @@ class GuestMemory:
         """Store the low ``width`` bytes of ``value``, little-endian."""
         self.write(address, (value & ((1 << 8 * width) - 1)).to_bytes(width, "little"))
 
-    def subscribe(self, listener: WriteListener) -> None:
-        """Call ``listener(address, length)`` after every write from the host side."""
+    def release(self, address: int, length: int) -> int:
+        """Give the host's pages that lie wholly within ``length`` bytes at ``address`` back to it, and tell the
+        listeners; from then on they read as zeroes and take no memory until they are written.
+
+        Views of them stay valid. Returns how many bytes were given back; what is left of the range stays as it was.
+
+        Raises:
+            GuestAddressError: the range is not inside memory.
+        """
+        offset = self._offset(address, length)
+        start = -(-offset // mmap.PAGESIZE) * mmap.PAGESIZE
+        released = (offset + length) // mmap.PAGESIZE * mmap.PAGESIZE - start
+        if released <= 0:
+            return 0
+        self._map.madvise(mmap.MADV_DONTNEED, start, released)
+        for listener in self._release_listeners:
+            listener(self.base + start, released)
+        return released
+
+    def subscribe(self, listener: WriteListener, released: WriteListener | None = None) -> None:
+        """Call ``listener(address, length)`` after every write from the host side, and ``released`` (by default
+        ``listener`` too) after pages were given back to the host."""
         self._listeners.append(listener)
+        self._release_listeners.append(released or listener)
 
     def unsubscribe(self, listener: WriteListener) -> None:
         """Undo :meth:`subscribe`."""
-        self._listeners.remove(listener)
+        index = self._listeners.index(listener)
+        del self._listeners[index]
+        del self._release_listeners[index]
 
     def notify(self, address: int, length: int) -> None:
         """Tell the listeners that ``length`` bytes at ``address`` were written through a view.
@@ -103,7 +134,9 @@ class GuestMemory:
         Raises:
             GuestAddressError: they are not inside memory.
         """
-        self._offset(address, length)
+        # Devices come here for every part of every buffer: no call where all is well.
+        if length < 0 or not self.base <= address <= self.end - length:
+            self._offset(address, length)
         for listener in self._listeners:
             listener(address, length)
 

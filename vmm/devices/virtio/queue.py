@@ -12,10 +12,12 @@ wrote (:meth:`Queue.push`). Indirect tables (2.7.5.3) and event index (2.7.7.2, 
 VIRTIO_F_IN_ORDER are not.
 
 The guest is hostile: what it writes is read once, checked, and only then used. What breaks the specification's rules
-raises :class:`QueueError`, upon which the transport asks for a reset.
+raises :class:`QueueError`, upon which the transport asks for a reset. A device that breaks the rules of this module
+(a buffer given back twice, or with more bytes than it has) gets a :class:`DeviceError`, which ends the VM.
 
-Words of the rings are read and written in host order through casts of memory, hence on little-endian hosts only.
-Whoever calls a queue holds its device's lock.
+Words of the rings are read and written in host order through casts of memory, and stores are taken to be seen in the
+order in which they are made: little-endian hosts whose stores keep their order, as x86 does. Whoever calls a queue
+holds its device's lock.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ INDIRECT: Final = 4  #: the part holds a table of descriptors
 
 MAX_QUEUE_SIZE: Final = 1024
 MAX_CHAIN: Final = 1024  #: descriptors in one chain; Linux makes indirect ones longer than the queue
+MAX_CHAIN_BYTES: Final = 0xFFFF_FFFF  #: bytes in one chain, whose number is 32 bits wide in the used ring
 RECENT_REQUESTS: Final = 64
 
 _NO_INTERRUPT: Final = 1  # available ring, flags
@@ -49,6 +52,10 @@ Segment = tuple[int, int]  #: guest-physical address, bytes
 
 class QueueError(VmmError):
     """The driver broke a rule of the specification; the device needs a reset."""
+
+
+class DeviceError(VmmError):
+    """The device broke a rule of the queue: a mistake in its code, which ends the VM."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,35 +86,46 @@ class Chain:
 
     Attributes:
         head: the index of its first descriptor, by which it is given back.
+        generation: the queue's, when the buffer was taken.
+        serial: counts the buffers taken, so that no two are the same.
         readable: guest-physical segments to read; neighbours that touch are one segment.
         writable: guest-physical segments to write.
         readable_bytes: their total.
         writable_bytes: their total.
+        began: host seconds (``time.monotonic``) when the device took it, while requests are traced.
         detail: what the device may say of the request, for the trace.
     """
 
     __slots__ = (
-        "_memory",
+        "_queue",
         "began",
         "detail",
         "generation",
         "head",
         "readable",
         "readable_bytes",
+        "serial",
         "writable",
         "writable_bytes",
     )
 
-    def __init__(self, memory: GuestMemory, head: int, generation: int) -> None:
-        self._memory = memory
+    def __init__(
+        self, queue: Queue, head: int, readable: list[Segment], writable: list[Segment], sizes: tuple[int, int]
+    ) -> None:
+        self._queue = queue
         self.head = head
-        self.generation = generation
-        self.readable: list[Segment] = []
-        self.writable: list[Segment] = []
-        self.readable_bytes = 0
-        self.writable_bytes = 0
-        self.detail = ""
+        self.generation = queue.generation
+        self.serial = 0
+        self.readable = readable
+        self.writable = writable
+        self.readable_bytes, self.writable_bytes = sizes
         self.began = 0.0
+        self.detail = ""
+
+    def __del__(self) -> None:
+        # Nobody can give it back any more; VirtioDevice looks at the list once the device's code has returned.
+        if self._queue.held.get(self.head) == self.serial:
+            self._queue.lost.append(self.head)
 
     def read(self, offset: int = 0, length: int | None = None) -> bytes:
         """A copy of ``length`` readable bytes from ``offset``, fewer where the chain has fewer."""
@@ -131,21 +149,24 @@ class Chain:
         return self._views(self.writable, offset, self.writable_bytes if length is None else length)
 
     def _views(self, segments: list[Segment], offset: int, length: int) -> list[memoryview]:
-        view = self._memory.view
-        if offset == 0 and len(segments) == 1 and length >= segments[0][1]:
-            return [view(*segments[0])]
-        views = []
+        memory = self._queue.memory
+        if offset == 0 and segments and length >= segments[0][1]:
+            if len(segments) == 1:
+                return [memory.view(*segments[0])]
+            if length >= (self.readable_bytes if segments is self.readable else self.writable_bytes):
+                return memory.views(segments)
+        taken = []
         for address, size in segments:
             if offset >= size:
                 offset -= size
                 continue
             if length <= 0:
                 break
-            taken = min(size - offset, length)
-            views.append(view(address + offset, taken))
-            length -= taken
+            part = min(size - offset, length)
+            taken.append((address + offset, part))
+            length -= part
             offset = 0
-        return views
+        return memory.views(taken)
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,30 +201,39 @@ class Queue:
         #: Set while requests are kept in :attr:`recent`.
         self.tracing = False
         self.recent: deque[Request] = deque(maxlen=RECENT_REQUESTS)
+        #: Buffers that the device took and did not give back yet: head → serial, in the order of taking.
+        self.held: dict[int, int] = {}
+        #: Heads of buffers that the device's code dropped without giving them back.
+        self.lost: list[int] = []
         self._fence = threading.Lock()
+        self._limit = min(memory.size, MAX_CHAIN_BYTES)
+        self._serial = 0
         self.generation = 0
+        self.ready = False
         self._forget()
 
     def _forget(self) -> None:
         self.size = self.max_size
         self.descriptors = self.available = self.used = 0
-        self.ready = False
         self._event_index = self._indirect = False
         self._next_available = self._next_used = self._signalled = 0
-        self._outstanding = 0
 
     def reset(self) -> None:
         """Back to the beginning; buffers that the device still holds are not given back any more."""
         self.release()
-        self.generation += 1
         self._forget()
 
     def release(self) -> None:
-        """Let go of guest memory."""
+        """Let go of guest memory (the driver clears QueueReady, or resets): it may put another queue there, which
+        begins at index 0 (4.2.3.2). Buffers that the device still holds are not given back any more."""
         if self.ready:
             self.ready = False
             for view in (self._table, self._available_words, self._used_words, self._used_halves):
                 view.release()
+        self.generation += 1
+        self.held.clear()
+        self.lost.clear()
+        self._next_available = self._next_used = self._signalled = 0
 
     def enable(self, event_index: bool, indirect: bool) -> None:
         """Use the areas that :attr:`descriptors`, :attr:`available` and :attr:`used` name (the driver sets QueueReady).
@@ -255,35 +285,46 @@ class Queue:
         return waiting
 
     def pop(self) -> Chain | None:
-        """Take the next buffer; None when there is none.
+        """Take the next buffer; None when there is none. The driver notifies of later ones only after
+        :meth:`rearm`, which :meth:`chains` calls.
 
         Raises:
             QueueError: the available ring or the chain breaks the rules.
         """
         if not self.ready:
             return None
-        words = self._available_words
+        words, held = self._available_words, self.held
         taken = self._next_available
-        waiting = (words[1] - taken) & _INDEX
-        if not waiting:
+        offered = words[1]
+        if offered == taken:
             return None
         # 2.7.13: the driver cannot have more buffers available than the queue has entries.
-        if waiting + self._outstanding > self.size:
+        if (offered - taken & _INDEX) + len(held) > self.size:
             raise QueueError(
-                f"the available index {words[1]} is {waiting} ahead of the device's {taken} with {self._outstanding}"
-                f" buffers taken, more than the queue size {self.size}"
+                f"the available index {offered} is {offered - taken & _INDEX} ahead of the device's {taken} with"
+                f" {len(held)} buffers taken, more than the queue size {self.size}"
             )
-        chain = self._chain(words[2 + (taken & self._mask)])
-        self._next_available = (taken + 1) & _INDEX
-        self._outstanding += 1
+        head = words[2 + (taken & self._mask)]
+        if head in held:
+            raise QueueError(f"descriptor {head} was made available again while the device still has its buffer")
+        chain = self._chain(head)
+        self._serial = held[head] = chain.serial = self._serial + 1
+        self._next_available = taken + 1 & _INDEX
         if self.tracing:
             chain.began = time.monotonic()
         return chain
 
     def rewind(self, count: int = 1) -> None:
-        """Put back the last ``count`` buffers taken, none of which was pushed; the next :meth:`pop` finds them."""
-        self._next_available = (self._next_available - count) & _INDEX
-        self._outstanding -= count
+        """Put back the last ``count`` buffers taken, none of which was pushed; the next :meth:`pop` finds them.
+
+        Raises:
+            DeviceError: the device does not hold so many.
+        """
+        if count > len(self.held):
+            raise DeviceError(f"{count} buffers cannot be put back, since the device holds {len(self.held)}")
+        for _ in range(count):
+            self.held.popitem()
+        self._next_available = self._next_available - count & _INDEX
 
     def chains(self) -> Iterator[Chain]:
         """Take buffers until none is left and the driver has been asked to notify of more.
@@ -292,12 +333,15 @@ class Queue:
             QueueError: as :meth:`pop`.
         """
         while True:
-            chain = self.pop()
-            while chain is not None:
-                yield chain
+            for _ in range(self.size):
                 chain = self.pop()
-            if not self.rearm():
-                return
+                if chain is None:
+                    if not self.rearm():
+                        return
+                else:
+                    yield chain
+            # A driver on another hart that never stops adding buffers hears of the used ones meanwhile.
+            self.signal()
 
     def rearm(self) -> bool:
         """Ask the driver to notify of the next buffer; True if one has come meanwhile and shall be taken at once."""
@@ -311,25 +355,38 @@ class Queue:
         return self._available_words[1] != self._next_available
 
     def push(self, chain: Chain, written: int) -> None:
-        """Give a buffer back, ``written`` bytes of its writable part being filled.
+        """Give a buffer back, the first ``written`` bytes of its writable part being filled.
 
-        A buffer from before a reset is dropped. The driver is not interrupted before :meth:`signal`.
+        A buffer from before a reset is dropped. The driver is not interrupted before :meth:`signal`. A device that
+        wrote behind the first ``written`` bytes tells guest memory of that by itself.
+
+        Raises:
+            DeviceError: the buffer was given back before, or has fewer bytes to write.
         """
-        if chain.generation != self.generation or not self.ready:
+        head = chain.head
+        if self.held.get(head) != chain.serial:
+            if chain.generation == self.generation:
+                raise DeviceError(f"the buffer at descriptor {head} is not the device's any more: give it back once")
             return
+        if not 0 <= written <= chain.writable_bytes:
+            raise DeviceError(
+                f"the buffer at descriptor {head} was given back with {written} bytes written, it has room for"
+                f" {chain.writable_bytes}"
+            )
+        del self.held[head]
         left = written
         for address, length in chain.writable:
             if left <= 0:
                 break
-            self.memory.notify(address, min(left, length))
+            self.memory.notify(address, length if length < left else left)
             left -= length
-        element = 1 + 2 * (self._next_used & self._mask)
-        self._used_words[element] = chain.head
-        self._used_words[element + 1] = written
-        self._next_used = (self._next_used + 1) & _INDEX
-        self._outstanding -= 1
+        next_used = self._next_used
+        element = 1 + 2 * (next_used & self._mask)
+        words = self._used_words
+        words[element] = head
+        words[element + 1] = written
         # The element is stored before the index: x86 keeps the order of stores.
-        self._used_halves[1] = self._next_used
+        self._next_used = self._used_halves[1] = next_used + 1 & _INDEX
         if self.tracing:
             self._keep(chain, written)
 
@@ -357,7 +414,15 @@ class Queue:
         self._interrupt()
 
     def save(self) -> QueueState:
-        """The queue as a plain value; no buffer may be outstanding."""
+        """The queue as a plain value.
+
+        Raises:
+            DeviceError: the device holds buffers; it gives them back, or puts them back, before.
+        """
+        if self.held:
+            raise DeviceError(
+                f"a queue cannot be saved while its device holds buffers, here those at descriptors {list(self.held)}"
+            )
         return QueueState(
             self.size,
             self.ready,
@@ -403,22 +468,28 @@ class Queue:
             "avail_event": self._used_halves[2 + 4 * size],
             "next_available": self._next_available,
             "next_used": self._next_used,
+            "held": list(self.held),
         }
 
     def _chain(self, head: int) -> Chain:
-        chain = Chain(self.memory, head, self.generation)
-        table, count, index, indirect = self._table, self.size, head, False
         base, end = self.memory.base, self.memory.end
-        readable, writable = chain.readable, chain.writable
-        steps = 0
+        table, unpack = self._table, DESCRIPTOR.unpack_from
+        index, count = head, self.size
+        left = count
+        entries: list[tuple[int, int, int, int]] | None = None  # an indirect table, read at once
+        readable: list[Segment] = []
+        writable: list[Segment] = []
+        segments = readable
+        start = edge = -1  # the segment that still grows
+        total = readable_bytes = 0
         while True:
             if index >= count:
                 raise QueueError(f"descriptor {index} of the chain at {head} is beyond a table of {count}")
-            steps += 1
-            if steps > MAX_CHAIN or (not indirect and steps > count):
+            if not left:
                 raise QueueError(f"the chain at descriptor {head} is longer than its table, a loop")
-            address, length, flags, follower = DESCRIPTOR.unpack_from(table, 16 * index)
-            if not base <= address or address + length > end:
+            left -= 1
+            address, length, flags, follower = unpack(table, 16 * index) if entries is None else entries[index]
+            if address < base or address + length > end:
                 raise QueueError(
                     f"descriptor {index} of the chain at {head} names {address:#x}+{length:#x}, outside memory"
                     f" {base:#x}..{end:#x}"
@@ -427,29 +498,42 @@ class Queue:
                 raise QueueError(f"descriptor {index} of the chain at {head} has no bytes")
             if flags & INDIRECT:
                 # 2.7.5.3.1: offered, not nested, and the last of its chain.
-                if not self._indirect or indirect or flags & NEXT or length % 16:
+                if not self._indirect or entries is not None or flags & NEXT or length % 16:
                     raise QueueError(
                         f"descriptor {index} of the chain at {head} is an indirect one where none may be,"
                         f" or its table of {length} bytes is not made of 16-byte descriptors"
                     )
-                table, count, index, indirect = self.memory.view(address, length), length // 16, 0, True
+                copied = self.memory.read(address, min(length, 16 * MAX_CHAIN))
+                entries = list(DESCRIPTOR.iter_unpack(copied))
+                index, count = 0, len(entries)
+                left = count
                 continue
-            if chain.readable_bytes + chain.writable_bytes + length > self.memory.size:
-                raise QueueError(f"the chain at descriptor {head} has more bytes than memory, {self.memory.size}")
+            total += length
             if flags & WRITE:
-                chain.writable_bytes += length
-                segments = writable
+                if segments is readable:
+                    if edge >= 0:
+                        readable.append((start, edge - start))
+                    segments, start, readable_bytes = writable, address, total - length
+                elif address != edge:
+                    writable.append((start, edge - start))
+                    start = address
             else:
-                if writable:
+                # 2.7.4.2: what the device reads comes before what it writes.
+                if segments is writable:
                     raise QueueError(
                         f"descriptor {index} of the chain at {head} is to be read, behind one to be written"
                     )
-                chain.readable_bytes += length
-                segments = readable
-            if segments and segments[-1][0] + segments[-1][1] == address:
-                segments[-1] = (segments[-1][0], segments[-1][1] + length)
-            else:
-                segments.append((address, length))
+                if address != edge:
+                    if edge >= 0:
+                        readable.append((start, edge - start))
+                    start = address
+            edge = address + length
             if not flags & NEXT:
-                return chain
+                break
             index = follower
+        segments.append((start, edge - start))
+        if segments is readable:
+            readable_bytes = total
+        if total > self._limit:
+            raise QueueError(f"the chain at descriptor {head} has {total} bytes, more than {self._limit}")
+        return Chain(self, head, readable, writable, (readable_bytes, total - readable_bytes))
