@@ -31,6 +31,8 @@ DEFAULT_CMDLINE = "console=ttyS0 panic=-1"
 CLOCKS = ("real", "deterministic")
 
 MAX_DEVICES = 32
+MAX_VSOCK_PATH_BYTES = 107 - len("_4294967295")
+"""What the path of a vsock device's socket leaves of the 107 bytes of a unix socket's, for the port of the host."""
 
 _C = TypeVar("_C")
 
@@ -160,7 +162,8 @@ class VsockConfig(DeviceConfig):
 
     Attributes:
         socket: path of the unix socket that the VMM makes: who connects to it writes ``CONNECT <port>`` to reach the
-            guest. A connection that the guest opens to host port P goes to the unix socket ``<socket>_P``.
+            guest. A connection that the guest opens to host port P goes to the unix socket ``<socket>_P``, whose path
+            must have room in a socket address too. None for a device that is used from Python only.
         cid: the guest's context identifier, 3 or more.
     """
 
@@ -171,7 +174,11 @@ class VsockConfig(DeviceConfig):
 
     def __post_init__(self) -> None:
         DeviceConfig.__post_init__(self)
-        self._path("socket")
+        if self.socket is not None and (length := len(os.fsencode(self._path("socket")))) > MAX_VSOCK_PATH_BYTES:
+            raise ConfigError(
+                f"vsock socket {str(self.socket)!r} is a path of {length} bytes, it may have {MAX_VSOCK_PATH_BYTES}, so"
+                f" that it and a port fit into a socket address"
+            )
         _require_int("vsock cid", self.cid, 3, 0xFFFF_FFFE)
 
 
@@ -307,11 +314,15 @@ class PortsConfig(DeviceConfig):
     Attributes:
         ports: name of each port → path of the unix socket that is its host end, or None for one that is used from
             Python only. The first port is a console (``hvc0``).
+        columns: width of the console's window in characters; it can be changed while the VM runs.
+        rows: its height.
     """
 
     KIND: ClassVar[str] = "console"
 
     ports: Mapping[str, Path | None] = field(default_factory=dict)
+    columns: int = 80
+    rows: int = 24
 
     def __post_init__(self) -> None:
         DeviceConfig.__post_init__(self)
@@ -322,6 +333,8 @@ class PortsConfig(DeviceConfig):
                 raise ConfigError(f"console port {name!r} must have a name of 1 to 64 bytes, without a slash")
         ports = {name: _require_path(f"console port {name!r}", path) for name, path in self.ports.items()}
         object.__setattr__(self, "ports", ports)
+        _require_int("console columns", self.columns, 1, 0xFFFF)
+        _require_int("console rows", self.rows, 1, 0xFFFF)
 
 
 DEVICE_CONFIGS: Mapping[str, type[DeviceConfig]] = {

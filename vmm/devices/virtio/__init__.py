@@ -13,7 +13,7 @@ from vmm.devices.virtio.device import VirtioDevice
 
 _BUILDERS: Final = {
     "blk": ("vmm.devices.virtio.blk", "BlockDevice"),
-    "vsock": ("vmm.devices.virtio.vsock", "VsockDevice"),
+    "vsock": ("vmm.devices.virtio.vsock.device", "VsockDevice"),
     "fs": ("vmm.devices.virtio.fs.device", "FsDevice"),
     "net": ("vmm.devices.virtio.net", "NetworkDevice"),
     "balloon": ("vmm.devices.virtio.balloon", "BalloonDevice"),
