@@ -13,6 +13,27 @@ because a file descriptor, a timer or a worker called it opens with ``with self.
 turns a driver's mistake into DEVICE_NEEDS_RESET (2.1.2). A notification is served on the vCPU's own thread, since
 handing it to another one costs more than most requests; what may block for long belongs to the loop or to a worker.
 
+A whole device, which gives away the time of day; ``MicroVm(config, devices=[ClockDevice()])`` plugs it in::
+
+    class ClockDevice(VirtioDevice):
+        DEVICE_ID = 4      # that of an entropy source, so that Linux's virtio-rng is its driver
+        KIND = "clock"
+
+        @property
+        def queue_sizes(self) -> tuple[int, ...]:
+            return (8,)    # one queue, in which the driver may have 8 buffers
+
+        def notify(self, queue: Queue, index: int) -> None:
+            for chain in queue.chains():                       # each buffer that the driver made available
+                written = chain.write(time.ctime().encode())   # as much as it has room for
+                chain.detail = "the time"                      # for who looks at queue.recent
+                queue.push(chain, written)                     # every buffer goes back, once
+            queue.signal()                                     # one interrupt for all of them
+
+A device may keep chains and push them later. A mistake in a device's code ends the VM with a report that names the
+device: an exception that is no :class:`QueueError`, a buffer given back twice or with more bytes than it has
+(:class:`DeviceError`), and a buffer that is neither given back nor kept.
+
 Left out: packed queues, VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_RING_RESET.
 """
 
@@ -25,7 +46,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final
 
-from vmm.devices.virtio.queue import Queue, QueueError, QueueState
+from vmm.devices.virtio.queue import DeviceError, Queue, QueueError, QueueState
 from vmm.memory import GuestMemory
 
 INDIRECT_DESC: Final = 1 << 28  #: VIRTIO_F_INDIRECT_DESC (6)
@@ -65,6 +86,7 @@ class DeviceState:
         active: whether the driver had set DRIVER_OK.
         queues: every queue.
         own: what the device itself keeps, plain data.
+        config_generation: how often the configuration space has changed.
     """
 
     device_id: int
@@ -72,6 +94,7 @@ class DeviceState:
     active: bool
     queues: tuple[QueueState, ...]
     own: Mapping[str, Any]
+    config_generation: int = 0
 
 
 class VirtioDevice:
@@ -180,7 +203,11 @@ class VirtioDevice:
             except QueueError as error:
                 self.fail(error)
             except Exception as error:
-                self.host.crashed(error)
+                self._crash(error)
+            else:
+                for queue in self.queues:
+                    if queue.lost:
+                        self._miss(queue)
 
     def fail(self, error: QueueError) -> None:
         """The driver broke a rule: stop, and ask it for a reset (2.1.2)."""
@@ -188,6 +215,18 @@ class VirtioDevice:
             self.mistake = error
             self.active = False
             self.host.failed(error)
+
+    def _crash(self, error: Exception) -> None:
+        self.active = False
+        self.host.crashed(error)
+
+    def _miss(self, queue: Queue) -> None:
+        """The device's code let go of buffers that it had to give back; whoever waits for them would wait for ever."""
+        lost = queue.lost.copy()
+        queue.lost.clear()
+        if self.active:
+            number = self.queues.index(queue)
+            self._crash(DeviceError(f"queue {number}'s buffers at descriptors {lost} were taken and never given back"))
 
     # For transports.
 
@@ -197,20 +236,25 @@ class VirtioDevice:
         self.queues = tuple(Queue(host.memory, size, host.interrupt_queue) for size in self.queue_sizes)
 
     def start(self, accepted: int) -> None:
-        """The driver set DRIVER_OK, having accepted these features."""
+        """The driver set DRIVER_OK, having accepted these features; the lock is held."""
         self.accepted = accepted
         self.active = True
         self.activate()
 
     def notified(self, index: int) -> None:
-        """The driver notified queue ``index``; before DRIVER_OK and of queues that are not there this is nothing."""
+        """The driver notified queue ``index``. Nothing before DRIVER_OK, and of queues that are not there or not ready
+        (4.2.2.1)."""
         # Without the context manager of served(), which costs as much as a small request.
         with self.lock:
-            if self.active and index < len(self.queues):
+            if self.active and index < len(self.queues) and (queue := self.queues[index]).ready:
                 try:
-                    self.notify(self.queues[index], index)
+                    self.notify(queue, index)
                 except QueueError as error:
                     self.fail(error)
+                except Exception as error:
+                    self._crash(error)
+                if queue.lost:
+                    self._miss(queue)
 
     def reset(self) -> None:
         """The driver wrote 0 to the status."""
@@ -223,10 +267,15 @@ class VirtioDevice:
                 queue.reset()
 
     def save(self) -> DeviceState:
-        """The device as a plain value; the VM is paused."""
+        """The device as a plain value; the VM is paused.
+
+        Raises:
+            DeviceError: it holds buffers of the driver.
+        """
         with self.lock:
             queues = tuple(queue.save() for queue in self.queues)
-            return DeviceState(self.DEVICE_ID, self.accepted, self.active, queues, self.save_own())
+            own, generation = self.save_own(), self.config_generation
+            return DeviceState(self.DEVICE_ID, self.accepted, self.active, queues, own, generation)
 
     def restore(self, state: DeviceState) -> None:
         """Become what :meth:`save` saw; the device is connected and inactive, guest memory is as it was then.
@@ -243,14 +292,15 @@ class VirtioDevice:
             for queue, saved in zip(self.queues, state.queues, strict=True):
                 queue.restore(saved, bool(state.features & EVENT_IDX), bool(state.features & INDIRECT_DESC))
             self.restore_own(state.own)
+            self.config_generation = state.config_generation
             if state.active:
                 self.start(state.features)
 
     def disconnect(self) -> None:
         """Leave the machine: guest memory is let go of."""
         with self.lock:
-            if self.active:
-                self.deactivate()
+            # Also one that was stopped by a mistake, whose workers may still be at it.
+            self.deactivate()
             self.active = False
             for queue in self.queues:
                 queue.release()

@@ -15,7 +15,11 @@ registers, and the device's configuration space behind them::
     030 w  QueueSel
 
 Control registers are aligned 32-bit words (4.2.2.2); an access of another width or alignment reads 0 and writes
-nothing.
+nothing. The configuration space takes any; what lies behind its end reads 0.
+
+What a driver writes out of turn does no harm: features after FEATURES_OK, size and addresses of a queue that is ready,
+and notifications before DRIVER_OK are ignored; a queue made ready before FEATURES_OK, and DRIVER_OK without it, are
+mistakes, after which the device needs a reset.
 Left out: shared memory regions (SHMLen reads all ones, 4.2.2), QueueReset, and notification data.
 """
 
@@ -99,6 +103,7 @@ class VirtioMmio:
         self._line = line
         self._interrupt_lock = threading.Lock()
         self._interrupt_status = 0
+        self._plugged = True
         self._offered = device.features | COMMON_FEATURES
         self._forget()
         device.connect(
@@ -156,7 +161,8 @@ class VirtioMmio:
     def read(self, offset: int, width: int) -> int:
         """A register, or ``width`` bytes of the configuration space; 0 where there is nothing."""
         if offset >= CONFIG_SPACE:
-            with self.device.lock:
+            space = b""
+            with self.device.served():
                 space = self.device.config_space
             offset -= CONFIG_SPACE
             return int.from_bytes(space[offset : offset + width], "little")
@@ -167,28 +173,34 @@ class VirtioMmio:
         """Write a register, or ``width`` bytes of the configuration space."""
         if offset == 0x050:
             if width == 4:
-                self.device.notified(value)
+                self.device.notified(value & _MASK32)
         elif offset == 0x064:
             if width == 4:
                 self._acknowledge(value)
         elif offset >= CONFIG_SPACE:
             with self.device.served():
-                self.device.write_config(offset - CONFIG_SPACE, value.to_bytes(width, "little"))
+                if self._plugged:
+                    data = (value & (1 << 8 * width) - 1).to_bytes(width, "little")
+                    self.device.write_config(offset - CONFIG_SPACE, data)
         elif width == 4 and offset in self._writers:
-            with self.device.lock:
-                self._writers[offset](value)
+            with self.device.served():
+                if self._plugged:
+                    self._writers[offset](value & _MASK32)
 
-    # Interrupts: the line is high while a bit of the status is set.
+    # Interrupts: the line is high while a bit of the status is set. Setting a bit and the line, or clearing both, is
+    # one step, so that none is lost between a device's thread and a vCPU that acknowledges.
 
     def _raise(self, bit: int) -> None:
         with self._interrupt_lock:
-            self._interrupt_status |= bit
-            self._line.set(True)
+            if self._plugged:
+                self._interrupt_status |= bit
+                self._line.set(True)
 
     def _acknowledge(self, bits: int) -> None:
         with self._interrupt_lock:
-            self._interrupt_status &= ~bits
-            self._line.set(self._interrupt_status != 0)
+            if self._plugged:
+                self._interrupt_status &= ~bits
+                self._line.set(self._interrupt_status != 0)
 
     def _failed(self, error: QueueError) -> None:
         # 2.1.2: the driver is told once it has set DRIVER_OK.
@@ -236,10 +248,12 @@ class VirtioMmio:
         if not value & 1:
             queue.release()
         elif not queue.ready:
-            try:
-                queue.enable(bool(self._accepted & EVENT_IDX), bool(self._accepted & INDIRECT_DESC))
-            except QueueError as error:
-                self.device.fail(error)
+            # 3.1.1: features first, since they decide how the rings are read.
+            if not self.status & FEATURES_OK:
+                raise QueueError(
+                    f"queue {self._queue_number} was made ready in status {self.status:#x}, before FEATURES_OK"
+                )
+            queue.enable(bool(self._accepted & EVENT_IDX), bool(self._accepted & INDIRECT_DESC))
 
     def _set_status(self, value: int) -> None:
         if not value:
@@ -251,18 +265,20 @@ class VirtioMmio:
             value &= ~FEATURES_OK
         # NEEDS_RESET is the device's own bit, and no bit goes away but by a reset (2.1.1).
         self.status |= value & ~NEEDS_RESET & 0xFF
-        if added & DRIVER_OK and self.status & FEATURES_OK and not self.status & NEEDS_RESET:
-            self.device.start(self._accepted)
-        elif added & DRIVER_OK and self.status & NEEDS_RESET:
-            self._raise(CONFIG_CHANGE)
+        if added & DRIVER_OK:
+            if self.status & NEEDS_RESET:
+                self._raise(CONFIG_CHANGE)
+            elif not self.status & FEATURES_OK:
+                raise QueueError(f"the driver set DRIVER_OK in status {self.status:#x}, without FEATURES_OK")
+            else:
+                self.device.start(self._accepted)
 
     def reset(self) -> None:
         """As after power-on (2.4)."""
-        self.device.reset()
-        self._forget()
-        with self._interrupt_lock:
-            self._interrupt_status = 0
-            self._line.set(False)
+        with self.device.lock:
+            self.device.reset()
+            self._forget()
+            self._acknowledge(_MASK32)
 
     def save(self) -> TransportState:
         """Registers and device as a plain value; the VM is paused."""
@@ -283,19 +299,19 @@ class VirtioMmio:
             QueueError: the state is not one of this kind of device, or its queues do not fit.
         """
         self.reset()
-        self.device.restore(state.device)
         self.status, self._accepted = state.status, state.accepted
         self._offered_word, self._accepted_word = state.offered_word, state.accepted_word
         self._queue_number = state.queue_number
+        self.device.restore(state.device)
         if state.interrupt_status:
             self._raise(state.interrupt_status)
 
     def unplug(self) -> None:
-        """The device leaves the slot."""
-        self.device.disconnect()
-        with self._interrupt_lock:
-            self._interrupt_status = 0
-            self._line.set(False)
+        """The device leaves the slot; what a vCPU still writes here meanwhile does nothing."""
+        with self.device.lock:
+            self.device.disconnect()
+            self._acknowledge(_MASK32)
+            self._plugged = False
 
 
 _PLACEHOLDER: Final = {0x000: MAGIC, 0x004: VERSION, 0x008: PLACEHOLDER_ID, 0x00C: VENDOR}
