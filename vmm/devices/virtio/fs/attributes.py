@@ -1,0 +1,232 @@
+"""Operations on what a file is besides its bytes: attributes, extended attributes, access, and the file system's size.
+
+Extended attributes are those of the host, names and all, in the namespaces ``user``, ``trusted`` and ``security``;
+``system``, that is POSIX ACLs, is EOPNOTSUPP and not listed, since the guest's kernel would not obey them. A VMM that
+is not root may not set more than ``user`` ones on the host.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import struct
+from typing import Final
+
+from vmm.devices.virtio.fs import host
+from vmm.devices.virtio.fs.inodes import Inode, failure
+from vmm.devices.virtio.fs.protocol import (
+    ACCESS_IN,
+    ARGUMENTS,
+    GETATTR_FH,
+    GETATTR_IN,
+    GETXATTR_IN,
+    GETXATTR_OUT,
+    NAME_MAX,
+    SETATTR_IN,
+    SETXATTR_IN,
+    SETXATTR_IN_EXT,
+    STATFS_OUT,
+    STATX_IN,
+    STATX_OUT,
+    XATTR_MAX,
+    Feature,
+    Opcode,
+    SetAttr,
+)
+from vmm.devices.virtio.fs.share import Operation, Request, Share
+
+_XATTR_NAMESPACES: Final = (b"user.", b"trusted.", b"security.")
+_XATTR_FLAGS: Final = os.XATTR_CREATE | os.XATTR_REPLACE
+_UNCHANGED: Final = -1
+_OWNERS_OF_STATX: Final = struct.Struct("<2I")  # struct statx, at 20: uid, gid
+_NUMBER_OF_STATX: Final = struct.Struct("<Q")  # struct statx, at 32: ino
+_STATX_FLAGS: Final = 0x6000  # AT_STATX_FORCE_SYNC, AT_STATX_DONT_SYNC
+_WORD: Final = 0xFFFF_FFFF
+
+
+class Attributes:
+    """The operations, on one share."""
+
+    def __init__(self, share: Share) -> None:
+        self._share = share
+        self._inodes = share.inodes
+        self.operations: dict[int, Operation] = {
+            Opcode.GETATTR: self.getattr,
+            Opcode.SETATTR: self.setattr,
+            Opcode.STATX: self.statx,
+            Opcode.SETXATTR: self.setxattr,
+            Opcode.GETXATTR: self.getxattr,
+            Opcode.LISTXATTR: self.listxattr,
+            Opcode.REMOVEXATTR: self.removexattr,
+            Opcode.STATFS: self.statfs,
+            Opcode.ACCESS: self.access,
+        }
+
+    def _descriptor(self, node: int, handle: int | None) -> int:
+        """The open file's descriptor where the guest named one, else the node's."""
+        if handle is not None:
+            return self._share.opened.file(handle).descriptor
+        return self._inodes.descriptor(self._inodes.get(node))
+
+    def getattr(self, request: Request) -> bytes:
+        flags, handle = GETATTR_IN.unpack(request.data, ARGUMENTS)
+        descriptor = self._descriptor(request.node, handle if flags & GETATTR_FH else None)
+        return self._share.attr_out(os.fstat(descriptor))
+
+    def statx(self, request: Request) -> bytes:
+        flags, handle, how, mask = STATX_IN.unpack(request.data, ARGUMENTS)
+        inode = self._inodes.get(request.node)
+        descriptor = self._descriptor(request.node, handle if flags & GETATTR_FH else None)
+        found = host.statx(descriptor, how & _STATX_FLAGS, mask & ~(1 << 31))
+        uid, gid = _OWNERS_OF_STATX.unpack_from(found, 20)
+        identity = self._share.identity
+        _OWNERS_OF_STATX.pack_into(found, 20, identity.guest_uid(uid), identity.guest_gid(gid))
+        (number,) = _NUMBER_OF_STATX.unpack_from(found, 32)
+        _NUMBER_OF_STATX.pack_into(found, 32, number ^ self._inodes.upper_bits(inode))
+        return STATX_OUT.pack(self._share.validity, 0, 0) + bytes(found)
+
+    def setattr(self, request: Request) -> bytes:
+        (
+            valid,
+            handle,
+            size,
+            _,
+            *times,
+            mode,
+            uid,
+            gid,
+        ) = SETATTR_IN.unpack(request.data, ARGUMENTS)
+        valid = SetAttr(valid & 0xFFF)
+        self._share.require_writable()
+        inode = self._inodes.get(request.node)
+        descriptor = self._descriptor(request.node, handle if valid & SetAttr.FH else None)
+        path = host.proc_path(descriptor)
+        if valid & (SetAttr.UID | SetAttr.GID):
+            identity = self._share.identity
+            owner = identity.host_uid(uid) if valid & SetAttr.UID else _UNCHANGED
+            group = identity.host_gid(gid) if valid & SetAttr.GID else _UNCHANGED
+            os.chown(path, owner, group)
+        if valid & SetAttr.MODE:
+            if inode.kind == stat.S_IFLNK:
+                raise failure(errno.EOPNOTSUPP)
+            os.chmod(path, stat.S_IMODE(mode))
+        if valid & SetAttr.SIZE:
+            self._truncate(inode, descriptor, bool(valid & SetAttr.FH), size)
+            if valid & SetAttr.KILL_SUIDGID:
+                kill_set_id(descriptor)
+        if valid & (SetAttr.ATIME | SetAttr.MTIME):
+            access = self._time(valid, SetAttr.ATIME, SetAttr.ATIME_NOW, times[0], times[3])
+            modification = self._time(valid, SetAttr.MTIME, SetAttr.MTIME_NOW, times[1], times[4])
+            host.set_times(descriptor, access, modification)
+        return self._share.attr_out(os.fstat(descriptor))
+
+    @staticmethod
+    def _time(valid: SetAttr, given: SetAttr, now: SetAttr, seconds: int, rest: int) -> tuple[int, int]:
+        if not valid & given:
+            return 0, host.UTIME_OMIT
+        if valid & now:
+            return 0, host.UTIME_NOW
+        if rest >= 1_000_000_000:
+            raise failure(errno.EINVAL)
+        return seconds, rest
+
+    def _truncate(self, inode: Inode, descriptor: int, is_open: bool, size: int) -> None:
+        if inode.kind != stat.S_IFREG:
+            raise failure(errno.EISDIR if inode.kind == stat.S_IFDIR else errno.EINVAL)
+        if is_open:
+            os.ftruncate(descriptor, size)
+        else:
+            os.truncate(host.proc_path(descriptor), size)
+
+    def _xattr_path(self, node: int, name: bytes) -> bytes:
+        if len(name) > NAME_MAX:
+            raise failure(errno.ERANGE)
+        if not name.startswith(_XATTR_NAMESPACES):
+            raise failure(errno.EOPNOTSUPP)
+        return host.proc_path(self._inodes.descriptor(self._inodes.get(node)))
+
+    def setxattr(self, request: Request) -> bytes:
+        layout = SETXATTR_IN_EXT if self._share.features & Feature.SETXATTR_EXT else SETXATTR_IN
+        size, flags = layout.unpack(request.data, ARGUMENTS)[:2]
+        offset = ARGUMENTS + layout.size
+        (name,) = request.names(offset, 1)
+        if size > XATTR_MAX:
+            raise failure(errno.E2BIG)
+        if flags & ~_XATTR_FLAGS:
+            raise failure(errno.EINVAL)
+        value = request.body(offset + len(name) + 1, size)
+        self._share.require_writable()
+        os.setxattr(self._xattr_path(request.node, name), name, value, flags)
+        return b""
+
+    def getxattr(self, request: Request) -> bytes:
+        (size,) = GETXATTR_IN.unpack(request.data, ARGUMENTS)
+        (name,) = request.names(ARGUMENTS + GETXATTR_IN.size, 1)
+        return self._sized(os.getxattr(self._xattr_path(request.node, name), name), size)
+
+    def listxattr(self, request: Request) -> bytes:
+        (size,) = GETXATTR_IN.unpack(request.data, ARGUMENTS)
+        path = host.proc_path(self._inodes.descriptor(self._inodes.get(request.node)))
+        names = [os.fsencode(name) for name in os.listxattr(path)]
+        shown = b"".join(name + b"\0" for name in names if name.startswith(_XATTR_NAMESPACES))
+        return self._sized(shown, size)
+
+    @staticmethod
+    def _sized(value: bytes, size: int) -> bytes:
+        if not size:
+            return GETXATTR_OUT.pack(len(value))
+        if len(value) > size:
+            raise failure(errno.ERANGE)
+        return value
+
+    def removexattr(self, request: Request) -> bytes:
+        (name,) = request.names(ARGUMENTS, 1)
+        self._share.require_writable()
+        os.removexattr(self._xattr_path(request.node, name), name)
+        return b""
+
+    def statfs(self, request: Request) -> bytes:
+        inode = self._inodes.get(request.node)
+        # statvfs of an O_PATH descriptor needs the way over its path.
+        found = os.statvfs(host.proc_path(self._inodes.descriptor(inode)))
+        return STATFS_OUT.pack(
+            found.f_blocks,
+            found.f_bfree,
+            found.f_bavail,
+            found.f_files,
+            found.f_ffree,
+            found.f_bsize & _WORD,
+            found.f_namemax,
+            found.f_frsize & _WORD,
+        )
+
+    def access(self, request: Request) -> bytes:
+        (mask,) = ACCESS_IN.unpack(request.data, ARGUMENTS)
+        if mask & ~(os.R_OK | os.W_OK | os.X_OK):
+            raise failure(errno.EINVAL)
+        status = self._inodes.status(self._inodes.get(request.node))
+        if mask & os.W_OK:
+            self._share.require_writable()
+        identity = self._share.identity
+        if request.uid == identity.guest_uid(status.st_uid):
+            allowed = status.st_mode >> 6
+        elif request.gid == identity.guest_gid(status.st_gid):
+            allowed = status.st_mode >> 3
+        else:
+            allowed = status.st_mode
+        if request.uid == 0:
+            allowed = 7 if stat.S_ISDIR(status.st_mode) or status.st_mode & 0o111 else 6
+        if mask & ~allowed:
+            raise failure(errno.EACCES)
+        return b""
+
+
+def kill_set_id(descriptor: int) -> None:
+    """Clear set-user-id, and set-group-id where the group may execute, as Linux does when a file is written."""
+    mode = os.fstat(descriptor).st_mode
+    killed = mode & stat.S_ISUID
+    if mode & stat.S_ISGID and mode & stat.S_IXGRP:
+        killed |= stat.S_ISGID
+    if killed:
+        os.chmod(host.proc_path(descriptor), stat.S_IMODE(mode & ~killed))

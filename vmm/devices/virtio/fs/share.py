@@ -1,0 +1,228 @@
+"""What all operations of a share work with: the request, the tables, and how the guest may cache.
+
+An operation is a function of a :class:`Request`. It returns the results as bytes, or :class:`Filled` with the number of
+bytes that it put into the guest's buffer itself, or :class:`Slow` or :class:`Waiting` if the answer comes later. It
+raises ``OSError`` with what the guest shall see.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from vmm.devices.virtio.fs import host
+from vmm.devices.virtio.fs.inodes import Inode, Inodes, failure
+from vmm.devices.virtio.fs.opened import Locks, Opened
+from vmm.devices.virtio.fs.protocol import ATTR_OUT, ENTRY_OUT, NAME_MAX, RESULTS, Feature
+from vmm.devices.virtio.queue import Chain
+
+_NANOSECONDS: Final = 1_000_000_000
+_DAY: Final = 86_400
+_MINIMUM_DESCRIPTORS: Final = 64
+
+
+class Request:
+    """One request of the guest.
+
+    Attributes:
+        chain: where it is in guest memory.
+        data: its first bytes, copied: the header, the arguments, and what follows as far as ``HEAD``.
+        length: how many bytes it has altogether.
+        unique: the number by which it is answered.
+        node: the node id that it is about.
+        uid: the user in the guest who asks.
+        gid: and the group.
+        capacity: bytes that the results may have.
+    """
+
+    HEAD: Final = 4736  #: header, arguments, and a symbolic link's name and target
+
+    __slots__ = ("capacity", "chain", "data", "gid", "length", "node", "uid", "unique")
+
+    def __init__(self, chain: Chain, data: bytes, length: int, unique: int, node: int, uid: int, gid: int) -> None:
+        self.chain = chain
+        self.data = data
+        self.length = length
+        self.unique = unique
+        self.node = node
+        self.uid = uid
+        self.gid = gid
+        self.capacity = chain.writable_bytes - RESULTS
+
+    def names(self, offset: int, count: int) -> list[bytes]:
+        """``count`` texts behind the arguments, which end at ``offset``; EINVAL if one lacks its zero."""
+        parts = self.data[offset:].split(b"\0", count)
+        if len(parts) <= count:
+            raise failure(errno.EINVAL)
+        return parts[:count]
+
+    def name(self, offset: int) -> bytes:
+        """The one name behind the arguments, which is one component of a path."""
+        end = self.data.find(0, offset)
+        if end < 0:
+            # A name longer than what is copied of a request is too long in any case.
+            raise failure(errno.EINVAL if len(self.data) < self.HEAD else errno.ENAMETOOLONG)
+        return checked(self.data[offset:end])
+
+    def body(self, offset: int, length: int) -> bytes:
+        """``length`` bytes from ``offset`` of the request; EINVAL if it is shorter."""
+        if offset + length > self.length:
+            raise failure(errno.EINVAL)
+        return self.chain.read(offset, length)
+
+    def payload(self, offset: int, length: int) -> list[memoryview]:
+        """The same bytes where they are in guest memory, which the guest may change any time."""
+        if offset + length > self.length:
+            raise failure(errno.EINVAL)
+        return self.chain.readable_views(offset, length)
+
+    def space(self, length: int) -> list[memoryview]:
+        """Where the first ``length`` bytes of the results go."""
+        return self.chain.writable_views(RESULTS, length)
+
+
+def checked(name: bytes) -> bytes:
+    """A name that is one component of a path and no way up.
+
+    Raises:
+        OSError: EINVAL for an empty one, ``.``, ``..`` and one with a slash; ENAMETOOLONG beyond 255 bytes.
+    """
+    if not name or name == b"." or name == b".." or b"/" in name:
+        raise failure(errno.EINVAL)
+    if len(name) > NAME_MAX:
+        raise failure(errno.ENAMETOOLONG)
+    return name
+
+
+class Filled(int):
+    """So many bytes of results are in the guest's buffer already."""
+
+
+@dataclass(frozen=True, slots=True)
+class Slow:
+    """The answer needs the host's disk: ``work`` is called on another thread, then ``finish`` whatever became of it."""
+
+    work: Callable[[], bytes]
+    finish: Callable[[], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """The answer is that ``attempt`` succeeded, which is asked again until it does."""
+
+    attempt: Callable[[], bool]
+
+
+Answer = bytes | Filled | Slow | Waiting | None
+Operation = Callable[[Request], Answer]
+
+
+class Share:
+    """A host directory that is served to one guest.
+
+    Args:
+        path: the directory.
+        read_only: the guest can only read.
+        cache: ``"none"``, ``"auto"`` or ``"always"``.
+        descriptors: how many of the host's descriptors may be used, 0 for a quarter of what the process may have.
+
+    Raises:
+        OSError: the directory cannot be opened.
+    """
+
+    def __init__(self, path: os.PathLike[str], read_only: bool, cache: str, descriptors: int = 0) -> None:
+        descriptors = max(descriptors or host.raise_descriptor_limit() // 4, _MINIMUM_DESCRIPTORS)
+        self.read_only = read_only
+        self.cache = cache
+        #: What the guest accepted in INIT.
+        self.features = Feature(0)
+        self.writeback = False
+        #: Seconds that the guest may trust names and attributes.
+        self.validity = {"none": 0, "auto": 1, "always": _DAY}[cache]
+        self.identity = host.Identity()
+        self.reader = host.DirectoryReader()
+        self.inodes = Inodes(path, min(descriptors // 2, 1 << 16))
+        self.opened = Opened(self.inodes, min(descriptors // 2, 1 << 15))
+        self.locks = Locks(self.inodes, min(descriptors // 16, 1 << 10))
+
+    def agree(self, features: Feature) -> None:
+        """A session begins: nothing is known and open, and this is what both sides can do."""
+        self.forget()
+        self.features = features
+        self.writeback = bool(features & Feature.WRITEBACK_CACHE)
+
+    def forget(self) -> None:
+        """The session is over."""
+        self.locks.clear()
+        self.opened.clear()
+        self.inodes.clear()
+
+    def close(self) -> None:
+        """Close every descriptor."""
+        self.forget()
+        self.inodes.close()
+
+    def require_writable(self) -> None:
+        """Raise EROFS for a read-only share."""
+        if self.read_only:
+            raise failure(errno.EROFS)
+
+    def directory(self, node: int) -> Inode:
+        """The directory of that node id; ESTALE or ENOTDIR."""
+        inode = self.inodes.get(node)
+        if inode.kind != stat.S_IFDIR:
+            raise failure(errno.ENOTDIR)
+        return inode
+
+    def attributes(self, status: os.stat_result) -> tuple[int, ...]:
+        """The fields of fuse_attr."""
+        access, access_rest = divmod(status.st_atime_ns, _NANOSECONDS)
+        modification, modification_rest = divmod(status.st_mtime_ns, _NANOSECONDS)
+        change, change_rest = divmod(status.st_ctime_ns, _NANOSECONDS)
+        device = status.st_rdev
+        return (
+            self.inodes.number(status),
+            status.st_size,
+            status.st_blocks,
+            access,
+            modification,
+            change,
+            access_rest,
+            modification_rest,
+            change_rest,
+            status.st_mode,
+            status.st_nlink & 0xFFFF_FFFF,
+            self.identity.guest_uid(status.st_uid),
+            self.identity.guest_gid(status.st_gid),
+            encode_device(device) if device else 0,
+            status.st_blksize,
+            0,
+        )
+
+    def attr_out(self, status: os.stat_result) -> bytes:
+        """The reply of GETATTR and SETATTR."""
+        return ATTR_OUT.pack(self.validity, 0, *self.attributes(status))
+
+    def entry_out(self, inode: Inode, status: os.stat_result) -> bytes:
+        """The reply of LOOKUP and of everything that makes a name."""
+        valid = self.validity
+        return ENTRY_OUT.pack(inode.node, 0, valid, valid, 0, 0, *self.attributes(status))
+
+    def entry(self, directory: Inode, name: bytes) -> bytes:
+        """Look ``name`` up, count it, and say what it is."""
+        return self.entry_out(*self.inodes.lookup(directory, name))
+
+
+def encode_device(device: int) -> int:
+    """A device number as FUSE carries it: 12 bits of major, 20 of minor (``new_encode_dev``)."""
+    major, minor = os.major(device), os.minor(device)
+    return (minor & 0xFF) | (major & 0xFFF) << 8 | (minor & 0xFFF00) << 12
+
+
+def decode_device(device: int) -> int:
+    """The host's number of a device as FUSE carries it."""
+    return os.makedev((device & 0xFFF00) >> 8, (device & 0xFF) | (device >> 12 & 0xFFF00))
