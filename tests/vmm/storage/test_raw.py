@@ -119,7 +119,7 @@ def test_a_full_file_system_gives_an_error_and_the_disk_lives(tmp_path: Path) ->
         with path.open("wb") as file:
             file.truncate(SIZE)
         with RawDisk(path) as disk:
-            with pytest.raises(OSError) as caught:
+            with pytest.raises(OSError, match="No space left") as caught:
                 disk.write([memoryview(b"x" * (512 << 10))], 512 << 10, 0)
             assert caught.value.errno == errno.ENOSPC
             disk.discard(0, SIZE)
