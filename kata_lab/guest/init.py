@@ -178,7 +178,7 @@ def load_drivers(finit_module):
             path, _, needed = line.partition(":")  # kernel/…/virtio_net.ko: kernel/…/net_failover.ko kernel/…
             if path.split("/")[-1].split(".")[0].replace("-", "_") not in wanted:
                 continue
-            for each in list(reversed(needed.split())) + [path]:
+            for each in reversed(f"{path} {needed}".split()):
                 if each not in loaded:
                     loaded.add(each)
                     load_modules([f"{base}/{each}"], finit_module)
