@@ -34,6 +34,7 @@ from kata_lab.image.kernel import (
 )
 from kata_lab.image.library import KERNEL, Image, Library, root_file
 from kata_lab.image.lock import Lock, check_covers, lock_path, read_lock, write_lock
+from kata_lab.image.mirror import SUITES
 from kata_lab.image.module_names import check_module_names, remember_module_names, unknown_module
 from kata_lab.image.spool import Spool
 from kata_lab.image.systemd import add_units
@@ -49,6 +50,7 @@ _INIT = "usr/lib/kata-lab/init"
 _CONFIGURATION = "etc/kata-lab/init.json"
 _SYSTEMD = "usr/lib/systemd/systemd"
 _DIRECTORIES = ("dev", "proc", "sys", "run", "etc", "var", "mnt", "usr/lib/kata-lab")
+_MADE_AT_BOOT = ("/dev/", "/proc/", "/sys/", "/run/")
 _GROUPS = "root:x:0:\ntty:x:5:\n"
 
 
@@ -134,11 +136,16 @@ def _lock(description: Description, options: BuildOptions) -> Lock:
     if lock is not None and lock.inputs == description.package_inputs and not options.refresh:
         return lock
     archive = _archive(description, options)
-    if options.refresh:
-        archive.update()
     try:
+        if options.refresh:
+            archive.update()
         kernel = _kernel_package(archive, description)
         packages = archive.resolve(description.packages)
+    except PackageGoneError as error:
+        if description.suite in SUITES:
+            raise
+        problem = f"there is no suite {description.suite!r}: {did_you_mean(description.suite, SUITES)}"
+        raise description.refusal("$.base.suite", problem) from error
     except UnknownPackageError as error:
         raise description.refusal(_path_of(error.name, description), str(error)) from error
     names = {package.name for package in packages}
@@ -268,6 +275,9 @@ def _add_own(tree: RootTree, description: Description, kernel: KernelPackage, mo
         else:
             tree.directory(path, 0o755 if spec.mode is None else spec.mode)
     for target, names in description.links:
+        if not tree.has(target[1:]) and not target.startswith(_MADE_AT_BOOT):
+            problem = f"the image has no file {target!r}: {did_you_mean(target, _paths(tree))}"
+            raise description.refusal(f"$.links[{json.dumps(target)}]", problem)
         for name in names:
             tree.symlink(name[1:], target)
     paths = [f"/usr/lib/modules/{kernel.release}/{module.path}" for module in modules.loaded]
@@ -281,7 +291,14 @@ def _add_own(tree: RootTree, description: Description, kernel: KernelPackage, mo
     for service in description.services:
         if tree.read(service.command[0][1:]) is None:
             path = f"$.services[{_position(description, service.name)}].command[0]"
-            raise description.refusal(path, f"the image has no program {service.command[0]!r}: name one that it has")
+            problem = (
+                f"the image has no program {service.command[0]!r}: {did_you_mean(service.command[0], _paths(tree))}"
+            )
+            raise description.refusal(path, problem)
+
+
+def _paths(tree: RootTree) -> list[str]:
+    return [f"/{path}" for path, _ in tree.nodes()]
 
 
 def _position(description: Description, service: str) -> int:

@@ -20,7 +20,9 @@ from kata_lab.image.deb import parse_fields
 MIRROR_VARIABLE = "KATA_LAB_MIRROR"
 
 _RELEASES = ("buster", "bullseye", "bookworm", "trixie", "forky", "duke")
-_SUITES = frozenset(("stable", "oldstable", "oldoldstable", "testing", "unstable", "sid", *_RELEASES))
+SUITES = frozenset(("stable", "oldstable", "oldoldstable", "testing", "unstable", "sid", *_RELEASES))
+"""Names of Debian's suites."""
+
 _SUITE_EXTENSION = re.compile(r"-(updates|backports|proposed-updates)$")
 _URI = re.compile(r"[a-z][a-z0-9+.-]*:\S+", re.IGNORECASE)
 _ASK = f"name a Debian mirror with --mirror or {MIRROR_VARIABLE}"
@@ -103,7 +105,7 @@ def _deb822_sources(text: str) -> Iterator[Source]:
 
 def _is_main_debian(source: Source) -> bool:
     return (
-        _SUITE_EXTENSION.sub("", source.suite) in _SUITES
+        _SUITE_EXTENSION.sub("", source.suite) in SUITES
         and "main" in source.components
         and not source.uri.startswith("cdrom:")
         and "security" not in source.uri

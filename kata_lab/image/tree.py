@@ -100,6 +100,13 @@ class RootTree:
             return None
         return node.content if node is not None and stat.S_ISREG(node.mode) else None
 
+    def has(self, path: str) -> bool:
+        """Whether there is something of this name, links followed."""
+        try:
+            return self._resolve(path, last=True) in self._nodes
+        except ImageError:
+            return False
+
     def nodes(self) -> Iterable[tuple[str, Node]]:
         """Everything, sorted by path: a directory comes before what is in it."""
         return sorted(self._nodes.items(), key=lambda item: item[0].split("/"))

@@ -283,6 +283,26 @@ def test_service_without_its_program_is_refused(archive: FakeMirror, signer: Sig
         build(archive, signer, home, changed(lambda data: data["services"][0].update(command=["/bin/nothing"])))
 
 
+def test_link_to_a_program_that_is_not_there_is_refused(archive: FakeMirror, signer: Signer, home: Path) -> None:
+    data = changed(lambda data: data.update(links={"/usr/bin/micropythn": ["/bin/upy"]}))
+
+    with pytest.raises(
+        DescriptionError, match=r'links\["/usr/bin/micropythn"\]: .*did you mean .*/usr/bin/micropython'
+    ):
+        build(archive, signer, home, data)
+
+
+def test_link_to_what_is_made_at_boot_is_taken(archive: FakeMirror, signer: Signer, home: Path) -> None:
+    image = build(archive, signer, home, changed(lambda data: data.update(links={"/proc/mounts": ["/etc/mtab"]})))
+
+    assert read_newc(image.root.read_bytes())["etc/mtab"].data == b"/proc/mounts"
+
+
+def test_unknown_suite_is_refused(archive: FakeMirror, signer: Signer, home: Path) -> None:
+    with pytest.raises(DescriptionError, match=r"\$\.base\.suite: there is no suite 'trixi': did you mean 'trixie'"):
+        build(archive, signer, home, changed(lambda data: data["base"].update(suite="trixi")))
+
+
 @pytest.mark.parametrize(
     ("files", "complaint"),
     [
