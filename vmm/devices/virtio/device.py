@@ -212,7 +212,9 @@ class VirtioDevice:
     def fail(self, error: QueueError) -> None:
         """The driver broke a rule: stop, and ask it for a reset (2.1.2)."""
         if self.mistake is None:
-            self.mistake = error
+            # What the traceback refers to, such as views of guest memory, must not live as long as the mistake.
+            error.__cause__ = error.__context__ = None
+            self.mistake = error.with_traceback(None)
             self.active = False
             self.host.failed(error)
 

@@ -30,7 +30,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
-from vmm.errors import GuestAddressError, VmmError
+from vmm.errors import VmmError
 from vmm.memory import GuestMemory
 
 DESCRIPTOR: Final = struct.Struct("<QIHH")  #: address, length, flags, next
@@ -246,19 +246,18 @@ class Queue:
         if not 1 <= size <= self.max_size or size & (size - 1):
             raise QueueError(f"queue size {size} must be a power of two up to {self.max_size}")
         # 2.7: alignment of the descriptor table 16, of the available ring 2, of the used ring 4.
-        for name, address, alignment in (
-            ("descriptor table", self.descriptors, 16),
-            ("available ring", self.available, 2),
-            ("used ring", self.used, 4),
-        ):
+        areas = (
+            ("descriptor table", self.descriptors, 16 * size, 16),
+            ("available ring", self.available, 6 + 2 * size, 2),
+            ("used ring", self.used, 6 + 8 * size, 4),
+        )
+        base, end = self.memory.base, self.memory.end
+        for name, address, length, alignment in areas:
             if address % alignment:
                 raise QueueError(f"the {name} at {address:#x} must be aligned to {alignment} bytes")
-        try:
-            self._table = self.memory.view(self.descriptors, 16 * size)
-            available = self.memory.view(self.available, 6 + 2 * size)
-            used = self.memory.view(self.used, 6 + 8 * size)
-        except GuestAddressError as error:
-            raise QueueError(f"an area of the queue is outside memory: {error}") from error
+            if not base <= address <= end - length:
+                raise QueueError(f"the {name} at {address:#x}+{length:#x} is outside memory {base:#x}..{end:#x}")
+        self._table, available, used = self.memory.views((address, length) for _, address, length, _ in areas)
         self._available_words = available.cast("H")
         self._used_words = used[: 4 + 8 * size].cast("I")
         self._used_halves = used.cast("H")
