@@ -224,7 +224,7 @@ class VirtioDevice:
 
     def _miss(self, queue: Queue) -> None:
         """The device's code let go of buffers that it had to give back; whoever waits for them would wait for ever."""
-        lost = queue.lost.copy()
+        lost = sorted(queue.lost)
         queue.lost.clear()
         if self.active:
             number = self.queues.index(queue)
