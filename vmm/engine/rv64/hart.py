@@ -61,6 +61,21 @@ class Zeroed:
         self.address = ctypes.addressof(anchor)
         del anchor
 
+    def __getitem__(self, part: slice) -> bytes:
+        return self._map[part]
+
+    def __setitem__(self, part: slice, data: bytes) -> None:
+        self._map[part] = data
+
+    def clear(self, start: int, end: int, written: bool) -> None:
+        """Make bytes ``start`` to ``end`` zeros again, which hold at least one whole page of the host: those take no
+        memory any more. What is at the edges is left alone if it is known to be zeros, not ``written``."""
+        first, last = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
+        self._map.madvise(mmap.MADV_DONTNEED, first, last - first)
+        if written:
+            self._map[start:first] = bytes(first - start)
+            self._map[last:end] = bytes(end - last)
+
     def close(self) -> None:
         """Unmap; nothing may use the address any more."""
         self._map.close()
@@ -425,7 +440,7 @@ class Rv64Engine:
             self.close()
             raise EngineError(f"the host cannot map what {harts} harts need: {error}") from error
         self.harts = tuple(Hart(self, number, self._states + number * At.SIZE) for number in range(harts))
-        memory.subscribe(self._memory_written)
+        memory.subscribe(self._memory_written, self._memory_released)
 
     @staticmethod
     def prepare(progress: library.ProgressCallback | None = None) -> None:
@@ -464,6 +479,7 @@ class Rv64Engine:
         for size in (Machine.SIZE, harts * At.SIZE, pages * SHADOW_STRIDE, pages):
             self._mappings.append(Zeroed(size))
         machine, states, shadow, code = (mapping.address for mapping in self._mappings)
+        self._shadow, self._code = self._mappings[2:]
         self.machine_address = machine
         self._states = states
         self._machine: Words | Gone = Words(machine, Machine.SIZE // 8)
@@ -482,7 +498,22 @@ class Rv64Engine:
             self._machine[offset // 8] = value
 
     def _memory_written(self, address: int, length: int) -> None:
-        self.call_overwrite_range(self.machine_address, address, length)
+        # Devices come here for all that they write; only a page whose byte in the map is not 0 may have records.
+        first = (address - self.memory.base) // PAGE_SIZE
+        last = (address - self.memory.base + length - 1) // PAGE_SIZE
+        if self._code[first : last + 1].strip(b"\0"):
+            self.call_overwrite_range(self.machine_address, address, length)
+
+    def _memory_released(self, address: int, length: int) -> None:
+        """Whole pages went back to the host: so does their shadow, which takes four times as much.
+
+        As in ``overwrite_code``, the flag goes first: a hart that decodes meanwhile sets it again, behind its record.
+        """
+        first, end = ((place - self.memory.base) // PAGE_SIZE for place in (address, address + length))
+        has_records = bool(self._code[first:end].strip(b"\0"))
+        if has_records:
+            self._code[first:end] = bytes(end - first)
+        self._shadow.clear(first * SHADOW_STRIDE, end * SHADOW_STRIDE, has_records)
 
     def nanoseconds(self, hart: Hart | None = None) -> int:
         """Guest time."""
