@@ -6,7 +6,7 @@
         assert shell.run("head -c 8 /dev/hwrng | wc -c").output == "8\\n"
 
 At the guest's prompt a loop is typed, which turns echo and output processing off and then carries out commands: each in
-a subshell of its own, without standard input, between two marks that no output can hold by chance::
+a shell of its own, without standard input, between two marks that no output can hold by chance::
 
     host → guest   +<line of the command>\\n … !<token>\\n
     guest → host   RS <token> { RS   output   RS <token> } <status> RS       RS: ASCII 30, record separator
@@ -50,13 +50,14 @@ _INTERRUPT, _QUIT = b"\x03", b"\x1c"
 _GRACE = 5.0  # seconds for an interrupted command to end
 _POLL = 0.5  # seconds; the end of a VM wakes nobody
 _WINDOW = 1 << 16  # bytes of output in which a mark is looked for, at the most
+_UNPACKING_FAILED = "Initramfs unpacking failed"
 _QUOTED = 80  # characters of a command in an error
 
 _LOOP = (
     'stty raw -echo isig noflsh;trap : INT QUIT;n=$(printf "\\nx");n=${n%x};b=;printf "\\036%s{\\036" @;'
     "while :;do IFS= read -r l||{ [ $? -gt 128 ]&&continue;break;};"
     "case $l in +*)b=$b${l#+}$n;;"
-    '!*)printf "\\036%s{\\036" ${l#!};(eval "$b")</dev/null;printf "\\036%s}%d\\036" ${l#!} $?;b=;;'
+    '!*)printf "\\036%s{\\036" ${l#!};sh -c "$b" </dev/null 2>&1;printf "\\036%s}%d\\036" ${l#!} $?;b=;;'
     ".)break;;esac;done"
 )
 _KEYS = re.compile(rb"[\x00-\x08\x0b-\x1f\x7f]")
@@ -191,7 +192,7 @@ class GuestShell:
     def _begin(self, timeout: float) -> None:
         token = secrets.token_hex(8)
         loop = _LOOP.replace("@", token)
-        start = f"sh -c '{loop}';stty sane\n"
+        start = f"sh -c '{loop}' 2>/dev/null;stty sane\n"
         self._type(start.encode(), "the loop that runs commands")
         if self._await_mark(_mark(_RS + token.encode() + b"{" + _RS), timeout, "the loop that runs commands") is None:
             raise ShellTimeout(f"it took the loop that runs commands, and did not start it in {timeout:g} s", "")
@@ -245,8 +246,8 @@ class GuestShell:
                 took = f"the command {_quoted(command)} took more than {timeout:g} s and was interrupted"
                 return ShellTimeout(f"{took}; {said}", output)
         self._broken = (
-            f"the command {_quoted(command)} took more than {timeout:g} s and minds neither Ctrl-C nor Ctrl-\\, so that "
-            "this shell is of no use any more: boot another VM"
+            f"the command {_quoted(command)} took more than {timeout:g} s and minds neither Ctrl-C nor Ctrl-\\, so "
+            "that this shell is of no use any more: boot another VM"
         )
         return ShellTimeout(self._broken, self._output(token, None))
 
@@ -330,6 +331,9 @@ def boot_image(
         with MicroVm(config) as vm:
             vm.start()
             with GuestShell(vm, timeout) as shell:
+                if _UNPACKING_FAILED in vm.console.text:
+                    few = f"{config.memory_mib} MiB of memory are too few for the root of the image {built.name!r}"
+                    raise ShellError(f"{few}, of which the kernel unpacked only a part: give the guest more")
                 yield vm, shell
 
 

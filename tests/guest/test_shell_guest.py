@@ -31,8 +31,8 @@ def shell(guest: Guest) -> GuestShell:
     [
         ("true", 0, ""),
         ("exit 3", 3, ""),
-        ("kill -9 $$", 137, ""),
-        ("sh -c 'kill -9 $$'", 137, "Killed\n"),
+        ("kill -9 $$", 137, "Killed\n"),
+        ("sh -c 'kill -9 $$'; echo $?", 0, "Killed\n137\n"),
         ("echo one; echo two >&2; printf three", 0, "one\ntwo\nthree"),
         ("for i in 1 2; do\n  echo \"$i\"\ndone\n", 0, "1\n2\n"),
         ("  printf '%s' '\\n  $HOME'", 0, "\\n  $HOME"),
@@ -127,7 +127,7 @@ def test_tools_run(shell: GuestShell) -> None:
 def test_the_end_of_the_vm_is_told(toolbox: Boot) -> None:
     with (
         pytest.raises(ShellError, match=r"the VM ended while 'poweroff -f' ran: the guest shut down"),
-        toolbox(memory_mib=256) as (_, shell),
+        toolbox() as (_, shell),
     ):
         shell.run("poweroff -f")
 
@@ -137,8 +137,18 @@ def test_a_guest_without_a_shell_is_refused_with_its_words() -> None:
         pass
 
 
+def test_too_little_memory_for_the_root_is_told() -> None:
+    filler = bytes(96 << 20)
+
+    with (
+        pytest.raises(ShellError, match="256 MiB of memory are too few for the root of the image 'lifsea'"),
+        boot_image("lifsea", memory_mib=256, files={"/usr/filler": filler}),
+    ):
+        pass
+
+
 def test_the_prompt_is_back_after_the_shell_was_closed(toolbox: Boot) -> None:
-    with toolbox(memory_mib=256) as (vm, shell):
+    with toolbox() as (vm, shell):
         shell.run("true")
         shell.close()
         vm.console.expect("kata-lab:/# ", timeout=60)
