@@ -83,6 +83,11 @@ class ModuleNames:
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
+def familiar_names(architecture: str) -> ModuleNames | None:
+    """The modules of the kernel that Debian had when the list beside this module was made."""
+    return _read(_KERNELS / f"{architecture}{_ENDING}")
+
+
 def check_module_names(description: Description, kernel: Package, archive: Archive) -> None:
     """Find out that a kernel package has every module of a description, as far as that can be known without it.
 
@@ -96,7 +101,7 @@ def check_module_names(description: Description, kernel: Package, archive: Archi
         ImageError: the archive's index Contents is needed, and cannot be fetched or does not verify.
     """
     wanted = (*description.modules, *description.modules_on_demand)
-    familiar = _read(_KERNELS / f"{description.architecture}{_ENDING}")
+    familiar = familiar_names(description.architecture)
     for names in (_read(_place(kernel.sha256)), familiar):
         if names is not None and names.package_sha256 == kernel.sha256:
             _refuse_unknown(description, wanted, names.loadable | names.built_in, names.release)
