@@ -73,14 +73,14 @@ CONFIG: Final = struct.Struct("<QIIHBBIBBHIBxHIIIIIB3x")
 WRITEBACK_OFFSET: Final = 32
 
 SECTOR: Final = 512
-QUEUE_SIZE: Final = 256
+QUEUE_SIZE: Final = 512
 MAX_SEGMENTS: Final = QUEUE_SIZE - 2  #: of data, in one request: a chain has room for header and status, too
 PHYSICAL_BLOCK_EXPONENT: Final = 3  #: 4 KiB, the page of the host's cache
 MAX_DISCARD_SECTORS: Final = 1 << 22
 MAX_WRITE_ZEROES_SECTORS: Final = 1 << 17
 MAX_RANGES: Final = 64  #: segments in one DISCARD or WRITE_ZEROES
 ID_BYTES: Final = 20
-LARGE: Final = 256 << 10  #: bytes from which on the worker moves data
+LARGE: Final = 4 << 20  #: bytes beyond which the worker moves data; waking it costs more than copying 1 MiB does
 
 
 @dataclass(slots=True)
