@@ -99,6 +99,7 @@ def build_parser() -> argparse.ArgumentParser:
     boot.add_argument("--memory", type=_mebibytes, default=256, metavar="MIB", help="as 256 (default), 256M or 1G")
     boot.add_argument("--kernel", metavar="FILE", help="RISC-V Image or ELF, then without the default initrd")
     boot.add_argument("--initrd", metavar="FILE", help="initial RAM file system")
+    boot.add_argument("--image", metavar="NAME|FILE", help="an image by its description, built if need be")
     boot.add_argument("--append", default="", metavar="WORDS", help="add to the kernel's command line")
     boot.add_argument("--cmdline", metavar="LINE", help="replace the kernel's command line")
     boot.add_argument(
@@ -107,8 +108,9 @@ def build_parser() -> argparse.ArgumentParser:
     boot.add_argument("--trace", action="store_true", help="print a timeline of the boot and the exits at the end")
     boot.add_argument("--timeout", type=_seconds, metavar="S", help="end the guest after so many seconds")
     boot.add_argument("--run", metavar="COMMAND", dest="guest_command", help="run it in the guest, then power off")
-    boot.add_argument("--mirror", metavar="URI", help="Debian archive to build the default guest from")
-    boot.set_defaults(run=_boot)
+    boot.add_argument("--mirror", metavar="URI", help="Debian archive to build the guest from")
+    _add_devices(boot)
+    boot.set_defaults(run=_boot, devices=[])
 
     add_image_arguments(commands.add_parser("image", help="build guest images and look into them"), _Parser)
 
@@ -129,6 +131,43 @@ def build_parser() -> argparse.ArgumentParser:
             each.add_argument("--size", type=_factor, default=1.0, metavar="X", help="length of the loops (default 1)")
         each.set_defaults(run=_bench)
     return parser
+
+
+class _AddDevice(argparse.Action):
+    """Notes a device; all options of devices make one list, which keeps their order."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[object] | None,
+        option_string: str | None = None,
+    ) -> None:
+        namespace.devices = [*namespace.devices, (self.dest, values)]
+
+
+def _add_devices(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "devices",
+        "The guest finds them in this order; each option may be given several times. A comma in a path is written "
+        "twice. What the image's init has no driver for is not used.",
+    )
+    for option, metavar, told in (
+        ("disk", "PATH[,ro][,overlay][,serial=S][,queues=N]", "a disk: a raw file, or an overlay file"),
+        ("share", "TAG=DIR[,ro][,cache=none|auto|always]", "a directory: mount -t virtiofs TAG /mnt"),
+        ("vsock", "SOCKET[,cid=N]", "sockets between host and guest, by this unix socket"),
+        ("port", "NAME=SOCKET", "a named port, by this unix socket; the first is the console hvc0"),
+        ("device", "KIND[,NAME=VALUE...]", "any device, by its kind (blk, fs, net, ...) and the fields it has"),
+    ):
+        group.add_argument(f"--{option}", action=_AddDevice, metavar=metavar, help=told, default=argparse.SUPPRESS)
+    for option, metavar, told in (
+        ("net", "passt|tap=NAME[,tcp=8080:80]", "a network interface (default by passt), with ports that lead to it"),
+        ("balloon", "target=MIB[,statistics=S]", "a way to take memory back"),
+        ("rng", "rate=BYTES", "a source of random numbers"),
+    ):
+        group.add_argument(
+            f"--{option}", action=_AddDevice, nargs="?", const="", metavar=metavar, help=told, default=argparse.SUPPRESS
+        )
 
 
 def _doctor(options: argparse.Namespace) -> int:
@@ -153,6 +192,8 @@ def _boot(options: argparse.Namespace) -> int:
             timeout=options.timeout,
             command=options.guest_command,
             mirror=options.mirror,
+            image=options.image,
+            devices=tuple(options.devices),
         )
     )
 

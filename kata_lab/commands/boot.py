@@ -24,10 +24,18 @@ from pathlib import Path
 
 from kata_lab.commands import UsageError
 from kata_lab.errors import ImageError
-from kata_lab.image.boot import APPEND, EXIT_STATUS, USERLAND_MARKER, append_running, build_boot_guest
+from kata_lab.image.boot import (
+    APPEND,
+    EXIT_STATUS,
+    USERLAND_MARKER,
+    BootSource,
+    append_running,
+    boot_source,
+    build_boot_guest,
+)
 from kata_lab.terminal import RawTerminal, WindowSize
 from vmm.actions import EndKind, MachineEnd
-from vmm.config import ConsoleConfig, VmConfig
+from vmm.config import ConsoleConfig, DeviceConfig, VmConfig
 from vmm.microvm import MicroVm
 
 USERLAND = "userland"
@@ -39,7 +47,10 @@ TIMED_OUT = 124
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BootOptions:
-    """What the command line says; ``command`` is what the guest shall run, ``timeout`` is in seconds."""
+    """What the command line says; ``command`` is what the guest shall run, ``timeout`` is in seconds.
+
+    ``devices`` are options of :mod:`kata_lab.commands.devices`, each with its name and what was given to it.
+    """
 
     vcpus: int = 1
     memory_mib: int = 256
@@ -52,31 +63,67 @@ class BootOptions:
     timeout: float | None = None
     command: str | None = None
     mirror: str | None = None
+    image: str | None = None
+    devices: tuple[tuple[str, str], ...] = ()
 
 
 def configure(options: BootOptions) -> VmConfig:
-    """The VM's configuration; builds the default guest unless a kernel is named.
+    """The VM's configuration; builds the default guest, or the image, unless a kernel is named.
 
     Raises:
-        UsageError: a command line that the kernel would not take.
+        UsageError: a command line that the kernel would not take, an image that cannot be built as it is described or
+            cannot boot here, or words that make no device.
         ConfigError: a value that certainly cannot work.
-        ImageError: the default guest cannot be built.
+        ImageError: the guest cannot be built.
     """
+    if options.image is not None and options.kernel is not None:
+        raise UsageError(f"--image {options.image} brings its kernel: leave out --kernel {options.kernel}, or --image")
     # Before anything is fetched: what cannot work is said at once.
     config = VmConfig(
         vcpus=options.vcpus,
         memory_mib=options.memory_mib,
         kernel=_file("kernel", options.kernel),
         initrd=_file("initrd", options.initrd),
-        cmdline=_command_line(options),
+        cmdline=_command_line(options, APPEND),
         clock=options.clock,
         console=ConsoleConfig(milestones=MILESTONES),
         trace=options.trace,
+        devices=_devices(options),
     )
     if options.kernel is not None:
         return config
+    if options.image is not None:
+        source = _source(options.image, options.mirror)
+        return config.replace(
+            kernel=source.kernel,
+            initrd=config.initrd or source.initrd,
+            cmdline=_command_line(options, source.append),
+            devices=(*source.disks, *config.devices),
+        )
     guest = build_boot_guest(mirror=options.mirror)
     return config.replace(kernel=guest.kernel, initrd=config.initrd or guest.initrd)
+
+
+def _devices(options: BootOptions) -> tuple[DeviceConfig, ...]:
+    if not options.devices:
+        return ()
+    from kata_lab.commands.devices import parse_devices
+
+    return parse_devices(options.devices)
+
+
+def _source(name: str, mirror: str | None) -> BootSource:
+    from kata_lab.image.build import build_named
+    from kata_lab.image.description import DescriptionError
+
+    try:
+        image = build_named(name, mirror=mirror)
+    except DescriptionError as error:
+        raise UsageError(str(error)) from error
+    try:
+        return boot_source(image)
+    except ImageError as error:
+        raise UsageError(str(error)) from error
 
 
 def _file(what: str, name: str | None) -> Path | None:
@@ -87,10 +134,8 @@ def _file(what: str, name: str | None) -> Path | None:
     return Path(name)
 
 
-def _command_line(options: BootOptions) -> str:
-    line = options.cmdline
-    if line is None:
-        line = APPEND
+def _command_line(options: BootOptions, append: str) -> str:
+    line = append if options.cmdline is None else options.cmdline
     if options.append:
         line = f"{line} {options.append}".strip()
     if options.command is None:
@@ -116,7 +161,7 @@ def run(options: BootOptions) -> int:
         input=source,
         output=output,
         interactive=interactive,
-        type_after=USERLAND_MARKER if options.kernel is None and options.initrd is None else None,
+        type_after=_ready_line(options),
         tell=_tell_in_raw_mode,
     )
     if interactive:
@@ -131,6 +176,17 @@ def run(options: BootOptions) -> int:
             vm.start()
             in_time = loop.run(options.timeout)
         return _finish(vm, options, in_time)
+
+
+def _ready_line(options: BootOptions) -> str | None:
+    """What the guest prints when its shell can be typed to; None if nobody knows."""
+    if options.kernel is not None or options.initrd is not None:
+        return None
+    if options.image is None:
+        return USERLAND_MARKER
+    from kata_lab.image.build import SERVICES_MARKER
+
+    return SERVICES_MARKER
 
 
 def _tell_in_raw_mode(text: str) -> None:

@@ -24,6 +24,8 @@ from kata_lab.progress import ProgressMode
 
 if TYPE_CHECKING:
     from kata_lab.image.apt import Archive, Package
+    from kata_lab.image.library import Image
+    from vmm.config import BlockConfig
 
 USERLAND_MARKER = "kata-lab: userland is up"
 """The first line that the guest's userland prints."""
@@ -81,6 +83,35 @@ class BootGuest:
     initrd: Path
     append: str = APPEND
     release: str = ""
+
+
+@dataclass(frozen=True)
+class BootSource:
+    """What a VM is started with to boot an image.
+
+    Args:
+        kernel: file of the kernel.
+        initrd: file of the initramfs.
+        append: kernel command line.
+        disks: that must come before all other devices.
+    """
+
+    kernel: Path
+    initrd: Path
+    append: str
+    disks: tuple[BlockConfig, ...] = ()
+
+
+def boot_source(image: Image) -> BootSource:
+    """How an image boots.
+
+    Raises:
+        ImageError: it is for machines of another architecture.
+    """
+    architecture = image.manifest["architecture"]
+    if architecture != "riscv64":
+        raise ImageError(f"the image {image.name!r} is for {architecture}: boot one that is for riscv64")
+    return BootSource(image.kernel, image.root, image.append)
 
 
 def build_boot_guest(
