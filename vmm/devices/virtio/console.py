@@ -234,7 +234,8 @@ class Port:
             if not _hung_up(self._client):
                 return False
             self._detach()
-            self.transmit()
+            with self._device.served():
+                self.transmit()
         client.setblocking(False)
         self._client = client
         self._send_backlog()
