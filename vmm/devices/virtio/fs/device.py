@@ -42,6 +42,7 @@ _PRIORITY_QUEUE: Final = 128
 #: A buffer of 1 MiB in pages and its headers, which Linux wants to be shorter than the queue.
 _REQUEST_QUEUE: Final = 512
 _WORKERS: Final = 2
+_WAITERS_SHARE: Final = 8  #: of the queue may be taken by buffers that wait for a lock
 _FIRST_RETRY: Final = 0.001  # seconds
 _LAST_RETRY: Final = 0.05
 _MAY_FREE_LOCKS: Final = frozenset({Opcode.SETLK, Opcode.SETLKW, Opcode.FLUSH, Opcode.RELEASE, Opcode.FORGET})
@@ -180,8 +181,8 @@ class FsDevice(VirtioDevice):
             queue.signal()
 
     def _wait(self, queue: Queue, chain: Chain, unique: int, waiting: Waiting) -> None:
-        # Whoever waits holds a buffer; with all of them held nobody could give a lock up.
-        if unique in self._waiters or len(self._waiters) >= max(queue.size // 4, 1):
+        # Whoever waits holds a buffer of several descriptors; with all of them held nobody could give a lock up.
+        if unique in self._waiters or len(self._waiters) >= max(queue.size // _WAITERS_SHARE, 1):
             raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
         self._waiters[unique] = _Waiter(queue, chain, waiting.attempt)
         self._retry_seconds = _FIRST_RETRY

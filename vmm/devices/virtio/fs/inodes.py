@@ -411,8 +411,9 @@ class Inodes:
             self._next_node = max(self._next_node, inode.node + 1)
 
     def close(self) -> None:
-        """Close every descriptor."""
-        self.clear()
+        """Close every descriptor. A second time this does nothing."""
         if self._root_descriptor >= 0:
+            self.clear()
+            self._mounts.clear()
             os.close(self._root_descriptor)
             self._root_descriptor = self.root.descriptor = -1

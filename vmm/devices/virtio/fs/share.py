@@ -57,16 +57,13 @@ class Request:
         """``count`` texts behind the arguments, which end at ``offset``; EINVAL if one lacks its zero."""
         parts = self.data[offset:].split(b"\0", count)
         if len(parts) <= count:
-            raise failure(errno.EINVAL)
+            # A text longer than what is copied of a request is too long in any case.
+            raise failure(errno.EINVAL if len(self.data) < self.HEAD else errno.ENAMETOOLONG)
         return parts[:count]
 
     def name(self, offset: int) -> bytes:
         """The one name behind the arguments, which is one component of a path."""
-        end = self.data.find(0, offset)
-        if end < 0:
-            # A name longer than what is copied of a request is too long in any case.
-            raise failure(errno.EINVAL if len(self.data) < self.HEAD else errno.ENAMETOOLONG)
-        return checked(self.data[offset:end])
+        return checked(self.names(offset, 1)[0])
 
     def body(self, offset: int, length: int) -> bytes:
         """``length`` bytes from ``offset`` of the request; EINVAL if it is shorter."""

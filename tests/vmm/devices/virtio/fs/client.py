@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import itertools
 import os
 import struct
@@ -11,6 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from tests.vmm.devices.virtio.driver import Buffer, Driver, driven
 from vmm.config import FsConfig
@@ -38,6 +39,8 @@ class Client:
 
     def __init__(self, driver: Driver, init: bool = True) -> None:
         self.driver = driver
+        assert isinstance(driver.device, FsDevice)
+        self.device = driver.device
         self._unique = itertools.count(2, 2)
         self._mark = driver._next
         self.uid = self.gid = 0
@@ -54,6 +57,13 @@ class Client:
         body = [self.header(opcode, node, length), *(part for part in parts if part)]
         buffer = self.driver.add(queue, body, [16, room] if room else [])
         self.driver.notify(queue)
+        return buffer
+
+    def post(self, opcode: int, node: int, *parts: bytes) -> Buffer:
+        """Send a request whose answer comes later; its memory is not used for others."""
+        self.driver._next = self._mark
+        buffer = self.send(opcode, node, *parts)
+        self._mark = self.driver._next
         return buffer
 
     def receive(self, buffer: Buffer, queue: int = REQUESTS) -> bytes:
@@ -140,7 +150,7 @@ class Client:
         return fuse.ATTR_OUT.decode(self.call(Opcode.GETATTR, node, fuse.GETATTR_IN.pack(flags, handle or 0)))
 
     def setattr(self, node: int, valid: fuse.SetAttr, **fields: int) -> dict[str, Any]:
-        values = {name: 0 for name in fuse.SETATTR_IN.fields} | {"valid": int(valid)} | fields
+        values = dict.fromkeys(fuse.SETATTR_IN.fields, 0) | {"valid": int(valid)} | fields
         return fuse.ATTR_OUT.decode(self.call(Opcode.SETATTR, node, fuse.SETATTR_IN.pack(*values.values())))
 
     def setxattr(self, node: int, name: bytes, value: bytes, flags: int = 0) -> None:
@@ -225,8 +235,6 @@ class Client:
 
 def refused(code: int) -> Any:
     """A context that expects an OSError with this errno."""
-    import pytest
-
     return pytest.raises(OSError, match=rf"\[Errno {code}\]")
 
 
@@ -236,6 +244,3 @@ def mounted(path: Path, descriptors: int = 0, init: bool = True, **settings: Any
     device = FsDevice(FsConfig(path=path, tag="share", **settings), descriptors)
     with driven(device, size=512) as driver:
         yield Client(driver, init)
-
-
-__all__ = ["PRIORITY", "REQUESTS", "Client", "Entry", "errno", "mounted", "refused"]
