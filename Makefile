@@ -110,6 +110,8 @@ system-test: system-demo
 	need dpkg 'makes the packages that the tests read' command -v dpkg-deb
 	need util-linux 'runs a test as somebody else than root' command -v setpriv
 	need erofs-utils 'makes and checks read-only disk roots' env PATH="$$PATH:/usr/sbin:/sbin" sh -c 'command -v mkfs.erofs fsck.erofs'
+	need passt 'is the network of guests' command -v passt
+	need iperf3 'measures the network of guests' command -v iperf3
 	need e2fsprogs 'makes and checks ext4 disk roots' env PATH="$$PATH:/usr/sbin:/sbin" sh -c 'command -v mke2fs e2fsck'
 	install_needed
 

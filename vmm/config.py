@@ -220,11 +220,11 @@ class NetworkConfig(DeviceConfig):
     Attributes:
         backend: ``"passt"`` (the program of that name, which needs no permissions), ``"tap"`` (a tap interface of the
             host, which needs CAP_NET_ADMIN or one that was made for this user), or ``"socket"`` (a unix socket whose
-            other end speaks passt's framing).
+            other end speaks passt's framing, such as that of another VM: whoever comes first waits there).
         tap: name of the host's tap interface; empty lets the kernel choose one.
         socket: path of the unix socket, for that backend.
         mac: ``"02:00:00:00:00:01"``; empty for one that is random and locally administered.
-        mtu: bytes of the largest packet, 0 for what the backend likes best.
+        mtu: bytes of the largest packet, 0 for what the backend likes best: 65,520, or what the tap interface has.
         forwards: host ports that lead into the guest, such as ``"tcp 8080:80"`` or ``"udp 5353"``, for passt.
         queues: pairs of a receive and a transmit queue, 1 to 8.
     """

@@ -4,7 +4,8 @@ passt translates between Ethernet frames on a socket and ordinary sockets of the
 addresses by DHCP, NDP and DHCPv6, and connections to its gateway end at the host itself. The VMM starts one passt per
 interface and hands it one end of a pair of sockets; it serves this one connection and leaves when that is closed, hence
 also when the VMM is killed. Started as root, it becomes ``nobody``. It shuts itself into namespaces of its own, so a
-container without user namespaces cannot have it.
+container without user namespaces cannot have it; and before version 2024_11 it wants a default route, so a host without
+any network cannot either.
 
 passt trusts the connection, and so may we: it looks at no checksum of a TCP or UDP packet from the guest (its
 checksum.c has functions to set one and none to verify it), takes segments as long as an IP packet can be, and
@@ -16,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 import select
 import shutil
 import socket
@@ -31,6 +33,7 @@ from vmm.network.stream import LIKED_MTU, SEND_BUFFER, StreamPort
 PROGRAM: Final = "passt"
 FEATURES: Final = CSUM | GUEST_CSUM | HOST_TSO4 | HOST_TSO6 | HOST_ECN
 
+_NOISE: Final = re.compile("syslog|as root")
 _START_SECONDS: Final = 10.0
 _STOP_SECONDS: Final = 2.0
 _VERIFIED: Final = HEADER.pack(DATA_VALID, 0, 0, 0, 0, 0, 0)[:10]
@@ -154,10 +157,10 @@ def _pipe() -> Iterator[tuple[io.FileIO, io.FileIO]]:
 
 
 def _last_words(errors: int) -> str:
-    """What passt said last, without its complaints that there is no system log."""
+    """The last three things that passt said, without its complaints of having no system log and of being root."""
     text = os.pread(errors, 4096, max(os.fstat(errors).st_size - 4096, 0)).decode(errors="replace")
-    lines = [line.strip() for line in text.splitlines() if line.strip() and "syslog" not in line]
-    return lines[-1] if lines else ""
+    lines = [line.strip() for line in text.splitlines() if line.strip() and not _NOISE.search(line)]
+    return "; ".join(lines[-3:])
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
