@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Final
 
 from vmm.config import BlockConfig
-from vmm.devices.virtio.device import VirtioDevice
+from vmm.devices.virtio.device import Host, VirtioDevice
 from vmm.devices.virtio.queue import Chain, Queue, QueueError
 from vmm.storage import Disk, open_disk
 
@@ -168,6 +168,10 @@ class BlockDevice(VirtioDevice):
 
     # Its life.
 
+    def connect(self, host: Host) -> None:
+        super().connect(host)
+        self._memory = host.memory
+
     def activate(self) -> None:
         # 5.2.5.2 and 5.2.6: a driver that cannot flush must not lose what it wrote.
         if not self.has(FLUSH):
@@ -210,7 +214,11 @@ class BlockDevice(VirtioDevice):
                 f"a request to {self.name} has {chain.readable_bytes} bytes to read and {chain.writable_bytes} to"
                 f" write, it must have a header of {HEADER.size} and a status of 1"
             )
-        kind, _, sector = HEADER.unpack(chain.read(0, HEADER.size))
+        address, first = chain.readable[0]
+        whole = first >= HEADER.size
+        kind, _, sector = HEADER.unpack(
+            self._memory.view(address, HEADER.size) if whole else chain.read(0, HEADER.size)
+        )
         if kind == T_IN:
             length = chain.writable_bytes - 1
             status = self._read(queue, chain, sector, length)
@@ -239,9 +247,9 @@ class BlockDevice(VirtioDevice):
         """Write the status, which is the last byte (5.2.6), and give the buffer back."""
         if status:
             self.counters.errors += 1
-        total = chain.writable_bytes
-        chain.write(bytes((status,)), total - 1)
-        queue.push(chain, total)
+        address, last = chain.writable[-1]
+        self._memory.view(address + last - 1, 1)[0] = status
+        queue.push(chain, chain.writable_bytes)
 
     def _inside(self, sector: int, length: int) -> bool:
         return length % SECTOR == 0 and sector <= self._sectors and length // SECTOR <= self._sectors - sector
