@@ -6,6 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 
+from vmm.engine.base import ExitReason
+from vmm.engine.rv64.hart import Rv64Engine
+from vmm.engine.rv64.instructions import BY_NAME
 from vmm.errors import ConfigError, GuestAddressError
 from vmm.memory import GuestMemory
 
@@ -80,3 +83,69 @@ def test_closing_twice_is_no_error() -> None:
 
     memory.close()
     memory.close()
+
+
+def test_released_pages_read_as_zeroes_and_views_of_them_stay(memory: GuestMemory) -> None:
+    memory.write(BASE, b"x" * SIZE)
+    with memory.view(BASE, SIZE) as view:
+        released = memory.release(BASE + 0x1000, 0x2000)
+
+        assert released == 0x2000
+        assert bytes(view) == b"x" * 0x1000 + bytes(0x2000) + b"x" * 0x1000
+        view[0x1000] = 7
+    assert memory.read(BASE + 0x1000, 1) == b"\7"
+
+
+def test_release_keeps_what_is_not_a_whole_page(memory: GuestMemory) -> None:
+    memory.write(BASE, b"x" * SIZE)
+
+    assert memory.release(BASE + 1, 0x1FFE) == 0
+    assert memory.release(BASE + 0x800, 0x2000) == 0x1000
+    assert memory.read(BASE, SIZE) == b"x" * 0x1000 + bytes(0x1000) + b"x" * 0x2000
+
+
+def test_release_outside_memory_is_refused(memory: GuestMemory) -> None:
+    with pytest.raises(GuestAddressError):
+        memory.release(BASE + 0x3000, 0x2000)
+
+
+def test_listeners_hear_of_released_pages(memory: GuestMemory) -> None:
+    written: list[tuple[int, int]] = []
+    released: list[tuple[int, int]] = []
+
+    def hear_all(address: int, length: int) -> None:
+        written.append((address, length))
+
+    def hear_written(address: int, length: int) -> None:
+        raise AssertionError("nothing was written")
+
+    def hear_released(address: int, length: int) -> None:
+        released.append((address, length))
+
+    memory.subscribe(hear_written, hear_released)
+    memory.subscribe(hear_all)
+    memory.release(BASE + 0x10, 0x1FF0)
+    memory.unsubscribe(hear_written)
+    memory.release(BASE + 0x3000, 0x1000)
+
+    assert released == [(BASE + 0x1000, 0x1000)]
+    assert written == [(BASE + 0x1000, 0x1000), (BASE + 0x3000, 0x1000)]
+
+
+def test_code_in_released_pages_is_not_executed_any_more(memory: GuestMemory) -> None:
+    def add(value: int) -> bytes:
+        return BY_NAME["addi"].encode(rd=6, rs1=6, imm=value).to_bytes(4, "little") * 8
+
+    page = BASE + 0x2000
+    with Rv64Engine(memory, clock="deterministic") as engine:
+        hart = engine.harts[0]
+        memory.write(page, add(1))
+        hart.reset(page)
+        assert hart.run(8).reason is ExitReason.BUDGET
+        assert hart.x[6] == 8
+        memory.release(page, 0x1000)
+        memory.view(page, 32)[:] = add(3)  # nobody is told, so that only what was forgotten is decoded anew
+        hart.reset(page)
+        hart.run(8)
+
+        assert hart.x[6] == 24

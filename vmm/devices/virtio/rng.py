@@ -1,7 +1,7 @@
 """The entropy device (virtio 1.2, section 5.4): it fills what the driver offers with the host's random numbers.
 
-One queue; every buffer is writable and is filled wholly, up to 64 KiB. With a limit, a buffer waits until the bytes
-have been earned: up to a second's worth is saved up.
+One queue; every buffer is writable and is filled wholly, up to 64 KiB. With a limit, a buffer gets the bytes that have
+been earned, and waits while there are none: up to a second's worth is saved up.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ class EntropyDevice(VirtioDevice):
         return (64,)
 
     def notify(self, queue: Queue, index: int) -> None:
+        if self._paused:
+            return
         for chain in queue.chains():
             if not chain.writable_bytes or chain.readable_bytes:
                 raise QueueError(f"a buffer of {self.name} must be one to write, this one has parts to read or none")
@@ -74,7 +76,7 @@ class EntropyDevice(VirtioDevice):
     def _resume(self, queue: Queue) -> None:
         with self.served():
             self._timer = None
-            if self.active and not self._paused:
+            if self.active:
                 self.notify(queue, 0)
 
     def pause(self) -> None:

@@ -195,6 +195,18 @@ class Driver:
         self.offer(number, taken[0])
         return buffer
 
+    def add_at(self, number: int, *parts: tuple[int, int]) -> Buffer:
+        """Make parts of memory to write, address and length, available in queue ``number``."""
+        queue = self.queues[number]
+        taken = [queue.free.pop(0) for _ in parts]
+        for place, (address, length) in enumerate(parts):
+            more = place + 1 < len(parts)
+            following = taken[place + 1] if more else 0
+            self.describe(number, taken[place], address, length, WRITE | (NEXT if more else 0), following)
+        buffer = queue.buffers[taken[0]] = Buffer(taken[0], taken, list(parts))
+        self.offer(number, taken[0])
+        return buffer
+
     def describe(self, number: int, index: int, address: int, length: int, flags: int, following: int = 0) -> None:
         """Write one descriptor, whatever it says."""
         packed = DESCRIPTOR.pack(address, length, flags, following)
