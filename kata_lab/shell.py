@@ -314,17 +314,23 @@ def boot_image(
         ImageError: the image cannot be built.
         VmmError: the VM cannot be started.
     """
+    from kata_lab.image.boot import boot_source
     from kata_lab.image.build import build_named
 
     built = build_named(image) if isinstance(image, str) else image
-    with _initrd(built.root, files or {}) as initrd:
+    source = boot_source(built)
+    if files and source.disks:
+        raise ShellError(
+            f"files cannot be added to the image {built.name!r}, whose root is on a disk: share a directory"
+        )
+    with _initrd(source.initrd, files or {}) as initrd:
         config = VmConfig.from_dict(
             {
                 "memory_mib": 512,
-                "kernel": built.kernel,
+                "kernel": source.kernel,
                 "initrd": initrd,
-                "cmdline": f"{built.append} {append}".strip(),
-                "devices": tuple(devices),
+                "cmdline": f"{source.append} {append}".strip(),
+                "devices": (*source.disks, *devices),
                 **settings,
             }
         )

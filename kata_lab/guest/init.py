@@ -5,10 +5,16 @@ Runs in MicroPython 1.25 (unix port) with its ``ffi`` module over the C library.
 ``/etc/kata-lab/init.json``, which the image builder writes: modules in the order of their dependencies, services in the
 order of theirs. Then the drivers of those virtio devices are loaded that are present: each tells its name in sysfs
 (``modalias``, as ``virtio:d00000002vFFFFFFFF``), ``modules.alias`` has the module for it, and ``modules.dep`` what that
-needs first. The kernel's side is Documentation/filesystems/ramfs-rootfs-initramfs.rst (PID 1 never exits) and
-reboot(2). Signals are busybox's: SIGUSR2 powers off, SIGUSR1 halts, SIGTERM resets. Words on the kernel command line:
-``kata.run="…"`` or ``kata.run.base64=…`` runs a shell command after the services are up and powers off,
-``kata.poweroff`` powers off at once. Leaves out run levels, sockets that start services, and logins.
+needs first.
+
+An initramfs first becomes a mount of its own, since pivot_root(2), with which container runtimes change roots, refuses
+the kernel's rootfs. The small initramfs of an image on a disk has nothing to start: there init loads the modules for
+the disk, mounts it, empties the initramfs, and gives way to the init that is on the disk. The kernel's side is
+Documentation/filesystems/ramfs-rootfs-initramfs.rst (PID 1 never exits) and reboot(2). Signals are busybox's: SIGUSR2
+powers off, SIGUSR1 halts, SIGTERM resets. Words on the kernel command line: ``kata.run="…"`` or ``kata.run.base64=…``
+runs a shell command after the services are up and powers off, ``kata.poweroff`` powers off at once; ``root=…`` names
+the disk with the root (``/dev/vda`` if not said), and ``kata.changes=…`` a disk with an ext4 which keeps changes that
+are kept in memory otherwise. Leaves out run levels, sockets that start services, and logins.
 """
 
 import array
@@ -24,7 +30,7 @@ CONFIGURATION = "/etc/kata-lab/init.json"
 UP = "kata-lab: services are up"
 ENVIRONMENT = ("PATH=/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/root", "TERM=vt100", "PS1=kata-lab:\\w# ")
 
-MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC = 1, 2, 4, 8
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_BIND, MS_MOVE = 1, 2, 4, 8, 0x1000, 0x2000
 MOUNTS = (
     ("proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, ""),
     ("sysfs", "/sys", "sysfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, ""),
@@ -37,6 +43,8 @@ MOUNTS = (
 )
 EBUSY, EEXIST = 16, 17
 MODULES = "/lib/modules/"
+NEW_ROOT = "/mnt"
+ROOT_DISK = "/dev/vda"
 VIRTIO_DEVICES = "/sys/bus/virtio/devices"
 AF_INET, SOCK_DGRAM, SIOCSIFFLAGS, IFF_UP, IFF_RUNNING = 2, 2, 0x8914, 0x1, 0x40
 
@@ -51,6 +59,7 @@ STEADY_MS = 10000  # a service that ran so long begins again with the first wait
 
 _libc = ffi.open("libc.so.6")
 _mount = _libc.func("i", "mount", "sssLs")
+_chroot = _libc.func("i", "chroot", "s")
 _syscall = _libc.func("l", "syscall", "lisi")
 _open = _libc.func("i", "open", "sii")
 _close = _libc.func("i", "close", "i")
@@ -128,11 +137,72 @@ def mount_all():
             say(f"{place} cannot be mounted")
 
 
-def overlay(paths):
-    """Make directories of a read-only root writable: changes go to memory."""
+def succeed(result, what):
+    if result != 0:
+        raise OSError(os.errno(), what)
+
+
+def enter(place):
+    """Make a mount the root, as switch_root(8) does."""
+    os.chdir(place)
+    succeed(_mount(".", "/", None, MS_MOVE, None), "the new root cannot be moved to /")
+    succeed(_chroot("."), "the new root cannot be entered")
+    os.chdir("/")
+
+
+def leave_rootfs():
+    """Give the files of the initramfs a mount of their own: not one is copied."""
+    succeed(_mount("/", NEW_ROOT, None, MS_BIND, None), "the initramfs cannot be mounted")
+    enter(NEW_ROOT)
+
+
+def remove_all(directory, kept):
+    """Remove files and directories, to free their memory, but not below ``kept``."""
+    for entry in os.ilistdir(directory):
+        path = directory.rstrip("/") + "/" + entry[0]
+        if path in kept or entry[0] in (".", ".."):
+            continue
+        if entry[1] == 0x4000:
+            remove_all(path, kept)
+        else:
+            os.remove(path)
+
+
+def start_from_disk(configuration):
+    """Mount the root that is on a disk, and become the init there."""
+    for source, place, kind, flags, options in MOUNTS:
+        if place in ("/proc", "/dev"):
+            succeed(_mount(source, place, kind, flags, options), f"{place} cannot be mounted")
+    load_modules(configuration["modules"], configuration["finit_module"])
+    disk = word_of("root", first_line("/proc/cmdline")) or ROOT_DISK
+    succeed(_mount(disk, NEW_ROOT, configuration["root"], MS_RDONLY, None), f"the root cannot be mounted from {disk}")
+    for place in ("/proc", "/dev"):
+        succeed(_mount(place, NEW_ROOT + place, None, MS_MOVE, None), f"{place} cannot be moved to the root")
+    remove_all("/", (NEW_ROOT, "/proc", "/dev"))
+    enter(NEW_ROOT)
+    arguments, _kept = c_strings(["/init"])
+    environment, _kept_too = c_strings(ENVIRONMENT)
+    _execve("/init", uctypes.addressof(arguments), uctypes.addressof(environment))
+    raise OSError(os.errno(), f"{disk} has no /init that can be run")
+
+
+def word_of(name, line):
+    """The value of a word ``name=value`` on the kernel command line, "" for none."""
+    for word in line.split():
+        if word.startswith(name + "="):
+            return word[len(name) + 1 :]
+    return ""
+
+
+def overlay(paths, disk):
+    """Make directories of a read-only root writable: changes go to memory, or to a disk."""
+    changes = "/run/kata-lab-changes"
+    if paths:
+        make_directory(changes)
+    if paths and disk and _mount(disk, changes, "ext4", MS_NOSUID | MS_NODEV, None) != 0:
+        say(f"changes are kept in memory, since {disk} cannot be mounted as ext4")
     for path in paths:
-        name = path.strip("/").replace("/", "-")
-        base = "/run/kata-lab-" + name
+        base = f"{changes}/{path.strip('/').replace('/', '-')}"
         for place in (base, base + "/upper", base + "/work"):
             make_directory(place)
         options = f"lowerdir={path},upperdir={base}/upper,workdir={base}/work"
@@ -322,17 +392,21 @@ def wanted_command(line):
 
 
 def main():
-    _sigprocmask(SIG_BLOCK, _signals, None)
-    mount_all()
     with open(CONFIGURATION) as file:
         configuration = json.load(file)
-    overlay(configuration["writable"])
+    if "root" in configuration:
+        start_from_disk(configuration)
+    _sigprocmask(SIG_BLOCK, _signals, None)
+    if configuration["format"] == "initramfs":
+        leave_rootfs()
+    mount_all()
+    line = first_line("/proc/cmdline")
     load_modules(configuration["modules"], configuration["finit_module"])
     load_drivers(configuration["finit_module"])
+    overlay(configuration["writable"], word_of("kata.changes", line))
     bring_up_loopback()
     _sethostname(configuration["name"], len(configuration["name"]))
-    with open("/proc/cmdline") as file:
-        command = wanted_command(file.read())
+    command = wanted_command(line)
     shell_instead = command == ""
     init = Init([Service(each) for each in configuration["services"] if shell_instead or not each["console"]])
     init.start_all()

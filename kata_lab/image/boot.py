@@ -111,7 +111,12 @@ def boot_source(image: Image) -> BootSource:
     architecture = image.manifest["architecture"]
     if architecture != "riscv64":
         raise ImageError(f"the image {image.name!r} is for {architecture}: boot one that is for riscv64")
-    return BootSource(image.kernel, image.root, image.append)
+    if image.initrd == image.root:
+        return BootSource(image.kernel, image.initrd, image.append)
+    from vmm.config import BlockConfig
+
+    disk = BlockConfig(name="root", path=image.root, read_only=True, serial="kata-lab-root")
+    return BootSource(image.kernel, image.initrd, image.append, (disk,))
 
 
 def build_boot_guest(

@@ -23,6 +23,7 @@ from typing import Any
 
 from kata_lab.errors import ImageError
 from kata_lab.image.apt import Archive, Package, PackageGoneError, UnknownPackageError, cached
+from kata_lab.image.boot_root import CONFIGURATION, INIT, boot_root
 from kata_lab.image.description import Description, did_you_mean, find_description, load_description
 from kata_lab.image.kernel import (
     FINIT_MODULE,
@@ -32,7 +33,7 @@ from kata_lab.image.kernel import (
     alias_file,
     dependency_file,
 )
-from kata_lab.image.library import KERNEL, Image, Library, root_file
+from kata_lab.image.library import BOOT, KERNEL, Image, Library, root_file
 from kata_lab.image.lock import Lock, check_covers, lock_path, read_lock, write_lock
 from kata_lab.image.mirror import SUITES
 from kata_lab.image.module_names import check_module_names, remember_module_names, unknown_module
@@ -46,8 +47,6 @@ SERVICES_MARKER = "kata-lab: services are up"
 
 _FORMAT = 1
 _GUEST = Path(__file__).parents[1] / "guest"
-_INIT = "usr/lib/kata-lab/init"
-_CONFIGURATION = "etc/kata-lab/init.json"
 _SYSTEMD = "usr/lib/systemd/systemd"
 _DIRECTORIES = ("dev", "proc", "sys", "run", "etc", "var", "mnt", "usr/lib/kata-lab")
 _MADE_AT_BOOT = ("/dev/", "/proc/", "/sys/", "/run/")
@@ -308,6 +307,7 @@ def _position(description: Description, service: str) -> int:
 def _add_init(tree: RootTree, description: Description, modules: list[str]) -> None:
     configuration = {
         "name": description.name,
+        "format": description.format,
         "modules": modules,
         "finit_module": FINIT_MODULE[description.architecture],
         "writable": list(description.writable),
@@ -322,10 +322,10 @@ def _add_init(tree: RootTree, description: Description, modules: list[str]) -> N
             for each in description.services
         ],
     }
-    tree.file(_CONFIGURATION, json.dumps(configuration, indent=1).encode() + b"\n")
-    tree.file(_INIT, (_GUEST / "init.py").read_bytes(), 0o755)
-    tree.symlink("init", f"/{_INIT}")
-    tree.symlink("usr/sbin/init", f"/{_INIT}")
+    tree.file(CONFIGURATION, json.dumps(configuration, indent=1).encode() + b"\n")
+    tree.file(INIT, (_GUEST / "init.py").read_bytes(), 0o755)
+    tree.symlink("init", f"/{INIT}")
+    tree.symlink("usr/sbin/init", f"/{INIT}")
 
 
 def _add_users(tree: RootTree, description: Description) -> None:
@@ -393,5 +393,7 @@ def _publish(
         return library.add(manifest, {KERNEL: kernel, root_file("initramfs"): tree.chunks()})
     from kata_lab.image.disk import make_root
 
+    init = (_GUEST / "init.py").read_bytes()
+    boot = boot_root(tree, description, inputs.kernel, init).chunks()
     with make_root(tree, description.format, recipe, progress) as file:
-        return library.add(manifest, {KERNEL: kernel, root_file(description.format): file})
+        return library.add(manifest, {KERNEL: kernel, BOOT: boot, root_file(description.format): file})

@@ -3,7 +3,7 @@
 ::
 
     <cache>/images/<name>.json   which image has this name now: {"format": 1, "id": …}
-    <cache>/images/<id>/         manifest.json  kernel  root.cpio (or root.erofs, root.ext4)
+    <cache>/images/<id>/         manifest.json  kernel  root.cpio (or root.erofs, root.ext4, and boot.cpio)
 
 The identity of an image is the hash of its manifest, which has the hash of everything else; so two builds that gave the
 same bytes are the same image. A name changes hands by one rename: whoever interrupts a build finds the image of before.
@@ -32,6 +32,9 @@ from kata_lab.progress import ProgressMode
 FORMAT = 1
 MANIFEST = "manifest.json"
 KERNEL = "kernel"
+BOOT = "boot.cpio"
+"""The initramfs that mounts a root which is on a disk."""
+
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 _IDENTITY = re.compile(r"[0-9a-f]{32}")
@@ -42,6 +45,11 @@ _ROOT_FILES = {"initramfs": "root.cpio", "erofs": "root.erofs", "ext4": "root.ex
 def root_file(format: str) -> str:
     """The name of the file with the root, by its format."""
     return _ROOT_FILES[format]
+
+
+def image_files(format: str) -> set[str]:
+    """The names of all files of an image besides its manifest, by the format of its root."""
+    return {KERNEL, root_file(format)} | (set() if format == "initramfs" else {BOOT})
 
 
 @dataclass(frozen=True)
@@ -72,6 +80,11 @@ class Image:
     def root(self) -> Path:
         """The file with the root: an initramfs, or a file system for a disk."""
         return self.directory / root_file(self.manifest["format_of_root"])
+
+    @property
+    def initrd(self) -> Path:
+        """The file of the initramfs: that with the root, or the one that mounts it from a disk."""
+        return self.root if self.manifest["format_of_root"] == "initramfs" else self.directory / BOOT
 
     @property
     def append(self) -> str:
@@ -272,7 +285,7 @@ def _checked_manifest(text: bytes, refusal: str) -> dict[str, Any]:
         if manifest["format"] != FORMAT:
             raise ImageError(f"{refusal}: it has format {manifest['format']!r}, and this version reads {FORMAT}")
         files = manifest["files"]
-        if not _NAME.fullmatch(manifest["name"]) or set(files) != {KERNEL, root_file(manifest["format_of_root"])}:
+        if not _NAME.fullmatch(manifest["name"]) or set(files) != image_files(manifest["format_of_root"]):
             raise ValueError("its name or its files are not those of an image")
         for written in files.values():
             if not isinstance(written["size"], int) or not re.fullmatch(r"[0-9a-f]{64}", written["sha256"]):
