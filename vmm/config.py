@@ -252,8 +252,10 @@ class NetworkConfig(DeviceConfig):
             raise ConfigError(f"net mac is {self.mac!r}, it must look like '02:00:00:00:00:01'")
         if self.mac and int(self.mac[:2], 16) & 1:
             raise ConfigError(f"net mac is {self.mac!r}, a group address; the first byte must be even")
-        if self.mtu:
+        if self.mtu != 0 or isinstance(self.mtu, bool):
             _require_int("net mtu", self.mtu, 68, 65520)
+        if not isinstance(self.forwards, (tuple, list)):
+            raise ConfigError(f"net forwards is {self.forwards!r}, it must be a list such as ['tcp 8080:80']")
         object.__setattr__(self, "forwards", tuple(self.forwards))
         for each in self.forwards:
             match = _FORWARD.fullmatch(each) if isinstance(each, str) else None
@@ -352,7 +354,7 @@ def device_from_dict(values: Mapping[str, Any]) -> DeviceConfig:
     known = ", ".join(map(repr, DEVICE_CONFIGS))
     fields = dict(values)
     kind = fields.pop("kind", None)
-    if kind not in DEVICE_CONFIGS:
+    if not isinstance(kind, str) or kind not in DEVICE_CONFIGS:
         raise ConfigError(f"a device's kind is {kind!r}, it must be one of {known}")
     return _from_dict(DEVICE_CONFIGS[kind], f"a {kind} device", fields)
 
@@ -439,7 +441,7 @@ def _name_devices(devices: object) -> tuple[DeviceConfig, ...]:
     named: dict[str, DeviceConfig] = {}
     for each in devices:
         config = device_from_dict(each) if isinstance(each, Mapping) else each
-        if not isinstance(config, DeviceConfig):
+        if not isinstance(config, DeviceConfig) or not config.KIND:
             raise ConfigError(f"device {each!r} must be a device configuration such as BlockConfig")
         number = sum(other.KIND == config.KIND for other in named.values())
         name = config.name or f"{config.KIND}{number}"

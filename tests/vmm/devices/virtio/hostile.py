@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 from tests.vmm.devices.virtio.driver import BASE, Driver
 from vmm.devices.virtio.device import VERSION_1, VirtioDevice
-from vmm.devices.virtio.queue import DESCRIPTOR, INDIRECT, NEXT, WRITE
+from vmm.devices.virtio.queue import DESCRIPTOR, INDIRECT, MAX_QUEUE_SIZE, NEXT, WRITE
 
 MEMORY = 4 << 20
 PLAYGROUND = BASE + (3 << 20)
@@ -33,6 +33,8 @@ class HostileDriver:
         device: what is attacked; it belongs to the driver that is made of it.
         seed: decides what happens.
         requests: beginnings of requests.
+        shapes: of each queue's buffers, ``r`` with parts to read, ``w`` with parts to write, or both; the last one is
+            that of all further queues.
         guard: fills the memory that nobody names; zeros for a device that may be told to forget any page.
         host: called now and then, with the stream's random numbers: what the device's other side does.
     """
@@ -42,12 +44,16 @@ class HostileDriver:
         device: VirtioDevice,
         seed: int,
         requests: Sequence[Request] = (),
+        shapes: Sequence[str] = ("rw",),
         guard: bool = True,
         host: Callable[[random.Random], None] | None = None,
     ) -> None:
         self.random = random.Random(seed)
         self.driver = Driver(device, MEMORY)
         self.requests = requests
+        self.shapes = shapes
+        #: How often it does anything but to send requests.
+        self.malice = self.random.choice((0.02, 0.2, 0.7))
         self.host = host
         self.guard = GUARD[: PLAYGROUND - BASE] if guard else bytes(PLAYGROUND - BASE)
         self.driver.memory.write(BASE, self.guard)
@@ -59,14 +65,12 @@ class HostileDriver:
     def run(self, steps: int) -> None:
         """Do harm, and look at what must hold."""
         self.set_up()
-        acts = (
-            [self.offer_requests] * 8
-            + [self.describe, self.offer, self.notify, self.scribble] * 3
-            + [self.write_register, self.read_registers, self.configuration, self.jump] * 1
-        )
+        often = [self.describe, self.offer, self.notify, self.scribble, self.configuration]
+        seldom = [self.write_register, self.read_registers, self.jump, self.set_up]
         for step in range(steps):
-            self.random.choice(acts)()
-            if self.driver.needs_reset or (step % 16 == 0 and self.random.random() < 0.2):
+            act = self.random.choice(2 * often + seldom) if self.random.random() < self.malice else self.request
+            act()
+            if self.driver.needs_reset:
                 self.set_up()
             if self.host is not None and step % 32 == 31:
                 self.host(self.random)
@@ -141,7 +145,7 @@ class HostileDriver:
                     self.poke(place, bytes(8))
                 self.poke(places[1], bytes(4))
             driver.set(0x44, 1)
-            self.rings.append((size, *places))
+            self.rings.append((min(size, MAX_QUEUE_SIZE), *places))
             self.indices.append(0)
         driver.set(0x70, 15)
 
@@ -165,49 +169,60 @@ class HostileDriver:
         size, _, available, _ = self.rings[number]
         if not size:
             return
-        for _ in range(rand.choice((1, 1, 1, 2, 3, min(size, 256), min(size, 256) + 1))):
+        for _ in range(rand.choice((1, 1, 1, 2, 3, size, size + 1))):
             head = rand.randrange(size) if rand.random() < 0.98 else rand.getrandbits(16)
-            self.poke(available + 4 + 2 * (self.indices[number] % size), (head & 0xFFFF).to_bytes(2, "little"))
+            self.poke(available + 4 + 2 * (self.indices[number] % size), head.to_bytes(2, "little"))
             self.indices[number] = self.indices[number] + 1 & 0xFFFF
         self.poke(available + 2, self.indices[number].to_bytes(2, "little"))
         self.driver.notify(number)
 
-    def offer_requests(self) -> None:
-        """One chain that is well-formed as a chain: some parts to read, some to write."""
+    def request(self) -> None:
+        """A chain that is well-formed as a chain: some parts to read, some to write."""
         rand, number = self.random, self.queue()
         size, table, available, _ = self.rings[number]
         if not size:
             return
-        start = bytearray(rand.choice(self.requests)(rand)) if self.requests and rand.random() < 0.8 else bytearray()
-        if start and rand.random() < 0.3:
-            start[rand.randrange(len(start))] = rand.getrandbits(8)
+        shape = self.shapes[min(number, len(self.shapes) - 1)] if rand.random() > self.malice / 4 else "rw"
         parts: list[tuple[int, int, int]] = []
-        if start:
+        if "r" in shape and self.requests and rand.random() < 0.95:
+            start = bytearray(rand.choice(self.requests)(rand))
+            if rand.random() < self.malice:
+                start[rand.randrange(len(start))] = rand.getrandbits(8)
             place = rand.randrange(PLAYGROUND, END - 8192)
             self.poke(place, bytes(start))
             parts.append((place, len(start), 0))
-        parts += [
-            (rand.randrange(PLAYGROUND, END - 70_000), max(self.length() & 0xFFFF, 1), 0)
-            for _ in range(rand.choice((0, 0, 1, 2)))
-        ]
-        parts += [
-            (rand.randrange(PLAYGROUND, END - 70_000), max(self.length() & 0xFFFF, 1), WRITE)
-            for _ in range(rand.choice((0, 1, 1, 2, 3)))
-        ]
-        parts = parts[: rand.choice((len(parts), size))] or [(PLAYGROUND, 1, WRITE)]
-        packed = b"".join(
-            DESCRIPTOR.pack(address, length, flags | (NEXT if n + 1 < len(parts) else 0), n + 1)
-            for n, (address, length, flags) in enumerate(parts)
-        )
-        if len(parts) > size or rand.random() < 0.3:
+        if "r" in shape:
+            parts += self.parts(rand.choice((0, 0, 0, 1, 2)), 0)
+        if "w" in shape:
+            parts += self.parts(1, WRITE, least=16 if rand.random() > self.malice / 2 else 1)
+            parts += self.parts(rand.choice((0, 0, 1, 2)), WRITE)
+        parts = parts or self.parts(1, 0)
+        if indirect := len(parts) > size or rand.random() < 0.3:
             place = rand.randrange(PLAYGROUND, END - 4096)
-            self.poke(place, packed)
-            packed = DESCRIPTOR.pack(place, len(packed), INDIRECT, 0)
-        self.poke(table, packed)
-        self.poke(available + 4 + 2 * (self.indices[number] % size), bytes(2))
+            self.poke(place, self.chain(parts, 0))
+            parts = [(place, DESCRIPTOR.size * len(parts), INDIRECT)]
+        first = rand.randrange(size - len(parts) + 1)
+        self.poke(table + DESCRIPTOR.size * first, self.chain(parts, 0 if indirect else first))
+        self.poke(available + 4 + 2 * (self.indices[number] % size), first.to_bytes(2, "little"))
         self.indices[number] = self.indices[number] + 1 & 0xFFFF
         self.poke(available + 2, self.indices[number].to_bytes(2, "little"))
         self.driver.notify(number)
+
+    @staticmethod
+    def chain(parts: Sequence[tuple[int, int, int]], first: int) -> bytes:
+        """Descriptors that follow each other from number ``first`` on."""
+        return b"".join(
+            DESCRIPTOR.pack(
+                address, length, flags | (NEXT if n < len(parts) else 0), first + n if n < len(parts) else 0
+            )
+            for n, (address, length, flags) in enumerate(parts, 1)
+        )
+
+    def parts(self, count: int, flags: int, least: int = 1) -> list[tuple[int, int, int]]:
+        return [
+            (self.random.randrange(PLAYGROUND, END - 70_000), max(self.length() & 0xFFFF, least), flags)
+            for _ in range(count)
+        ]
 
     def jump(self) -> None:
         """An available index from nowhere."""

@@ -45,6 +45,7 @@ class Target:
     build: Callable[[Path], VirtioDevice]
     works: Callable[[Driver], bool]
     requests: Sequence[Request] = ()
+    shapes: Sequence[str] = ("rw",)
     guard: bool = True
     resources: Callable[[Path, ExitStack], Callable[[random.Random], None] | None] = field(
         default=lambda where, stack: None
@@ -153,10 +154,13 @@ TARGETS = {
     "recording": Target(
         lambda where: RecordingDevice(), lambda driver: driver.request(0, [b"x"], [3]) == b"\xa5\xa5\xa5"
     ),
-    "rng": Target(lambda where: build_device(EntropyConfig()), lambda driver: len(driver.request(0, (), [8])) == 8),
+    "rng": Target(
+        lambda where: build_device(EntropyConfig()), lambda driver: len(driver.request(0, (), [8])) == 8, shapes=("w",)
+    ),
     "rng with a limit": Target(
         lambda where: build_device(EntropyConfig(bytes_per_second=100_000)),
         lambda driver: len(driver.request(0, (), [1])) == 1,
+        shapes=("w",),
     ),
     "blk": Target(
         lambda where: build_device(BlockConfig(path=where / "disk", queues=2)),
@@ -184,6 +188,7 @@ TARGETS = {
                 *((1, 2, 3, 4, 5, 6, 7, 99), (0, 1, 2, 3), (0, 4096, 0xFFFF_FFFF), (0, 1, 0xFFFF_FFFF)),
             )
         ],
+        shapes=("w", "r", "w"),
         resources=caller("vsock"),
     ),
     "fs": Target(
@@ -210,6 +215,7 @@ TARGETS = {
             header("BBHHHHH", (0, 1, 2), (0, 1, 4, 5), (0, 54), (0, 1, 1460), (0, 14, 34), (0, 6, 16), (0,)),
             header("BBBBI", (0, 1, 2, 3, 4, 5), (0, 1), (0, 1), (0,), (0, 1, 0xFFFF_FFFF)),
         ],
+        shapes=("w", "r", "rw"),
         resources=peer,
     ),
     "balloon": Target(
@@ -219,6 +225,7 @@ TARGETS = {
             header("IIII", *([(0, 0x80000, 0x80001, 0x80100, 0x802FF, 0xFFFF_FFFF)] * 4)),
             header("HQHQ", *([(0, 4, 6), (0, 1, (1 << 64) - 1)] * 2)),
         ],
+        shapes=("r", "r", "r", "w"),
         guard=False,
     ),
     "console": Target(
@@ -228,6 +235,7 @@ TARGETS = {
             header("IHH", (0, 1, 2, 0xFFFF_FFFF), range(9), (0, 1, 0xFFFF)),
             lambda rand: b"text\n" * rand.randrange(1, 99),
         ],
+        shapes=("w", "r", "w", "r", "w", "r"),
         resources=caller("console"),
     ),
 }
@@ -237,7 +245,7 @@ TARGETS = {
 def attacked(target: Target, seed: int, where: Path) -> Iterator[HostileDriver]:
     with ExitStack() as stack:
         host = target.resources(where, stack)
-        hostile = HostileDriver(target.build(where), seed, target.requests, target.guard, host)
+        hostile = HostileDriver(target.build(where), seed, target.requests, target.shapes, target.guard, host)
         stack.enter_context(hostile.driver)
         yield hostile
 
