@@ -26,7 +26,7 @@ from typing import Final
 
 from vmm.devices.virtio.vsock.packet import COUNTER, HOST_CID, NO_RECEIVE, NO_SEND, SHUTDOWN, STREAM, Header
 
-CREDIT_MAX: Final = 1 << 20  #: bytes granted to the guest for one connection, while few are open
+CREDIT_MAX: Final = 256 << 10  #: bytes granted to the guest for one connection, while few are open
 CREDIT_MIN: Final = 32 << 10  #: bytes granted when many are
 CREDIT_BUDGET: Final = 64 << 20  #: bytes granted to all connections, before every further one gets the least
 SOCKET_BUFFER: Final = 1 << 20  #: bytes asked of the host's kernel for a socket; it may give less
@@ -168,8 +168,12 @@ class Connection:
 
     @property
     def owes_credit(self) -> bool:
-        """The guest should be told that half of the buffer is free again."""
-        return (self.received - len(self.outgoing) - self.told) & COUNTER >= self.buf_alloc >> 1
+        """The guest should be told that half of the buffer is free again.
+
+        Linux does not send ahead more than fits into its own buffer either, so that the smaller one counts.
+        """
+        free = (self.received - len(self.outgoing) - self.told) & COUNTER
+        return free > 0 and 2 * free >= min(self.buf_alloc, self.peer_buf_alloc)
 
     def write(self, views: Sequence[memoryview]) -> None:
         """Write what the guest sent, and keep what the socket does not take.

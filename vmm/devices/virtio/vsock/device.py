@@ -26,7 +26,7 @@ from typing import Any, ClassVar, Final
 
 from vmm.config import VsockConfig
 from vmm.devices.virtio.device import Host, VirtioDevice
-from vmm.devices.virtio.queue import Chain, Queue, QueueError
+from vmm.devices.virtio.queue import Chain, Queue, QueueError, Segment
 from vmm.devices.virtio.vsock.connection import Connection
 from vmm.devices.virtio.vsock.endpoint import VsockError, socket_pair
 from vmm.devices.virtio.vsock.packet import F_STREAM, HEADER, RST, RW, TRANSPORT_RESET, Header
@@ -43,7 +43,8 @@ TICK_SECONDS: Final = 0.02
 _PACKETS_AT_ONCE: Final = 256
 _TURNS_AT_ONCE: Final = 64
 _TURN_BYTES: Final = 128 << 10  #: to one connection before the next has its turn
-_TURN_VIEWS: Final = 512  #: pieces of memory in one read; the host's kernel takes twice as many
+_TURN_RANGES: Final = 512  #: pieces of memory in one read; the host's kernel takes twice as many
+_WORD: Final = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,7 +298,9 @@ class VsockDevice(VirtioDevice):
                 f"a packet to {self.name} has {chain.readable_bytes} bytes to read and {chain.writable_bytes} to write,"
                 f" it needs a header of {HEADER.size} and none to write"
             )
-        header = Header.unpack(chain.read(0, HEADER.size))
+        address, first = chain.readable[0]
+        whole = first >= HEADER.size
+        header = Header.unpack(self.host.memory.view(address, HEADER.size) if whole else chain.read(0, HEADER.size))
         if self.queues[TX].tracing:
             chain.detail = header.describe()
         if header.op == RW:
@@ -368,59 +371,99 @@ class VsockDevice(VirtioDevice):
 
     def _deliver(self, connection: Connection) -> bool:
         """Read the host's socket straight into buffers of the guest; False if there are none."""
+        rx = self.queues[RX]
         fcntl.ioctl(connection.host, termios.FIONREAD, self._available)
         available = self._available[0]
         # Where there seems to be nothing, a read tells whether that is the end.
         wanted = min(available or 1, connection.credit, _TURN_BYTES)
-        chains: list[tuple[Chain, int]] = []
-        views: list[memoryview] = []
+        parts, ranges = self._collect(wanted, connection.sent)
+        if not parts:
+            return False
+        try:
+            length = connection.host.recvmsg_into(self.host.memory.views(ranges))[0]
+        except BlockingIOError:
+            rx.rewind(len(parts))
+            connection.readable = False
+        except OSError:
+            rx.rewind(len(parts))
+            self._board.reset(connection)
+        else:
+            if length:
+                self._push(connection, parts, length)
+                # What was there has been read: the epoll set tells of more.
+                connection.readable = length < available
+            else:
+                rx.rewind(len(parts))
+                self._board.host_ended(connection)
+        return True
+
+    def _collect(self, wanted: int, position: int) -> tuple[list[tuple[Chain, int]], list[Segment]]:
+        """Take buffers for ``wanted`` bytes, which begin at ``position`` in their stream.
+
+        Returns:
+            Each buffer with the bytes that shall go into it, and where in guest memory those are.
+        """
+        parts: list[tuple[Chain, int]] = []
+        ranges: list[Segment] = []
         room = 0
-        while room < wanted and len(views) < _TURN_VIEWS:
+        while room < wanted and len(ranges) < _TURN_RANGES:
             chain = self._take_buffer()
             if chain is None:
                 break
-            parts = chain.writable_views(HEADER.size, wanted - room)[:_TURN_VIEWS]
-            size = sum(map(len, parts))
-            views += parts
-            chains.append((chain, size))
+            segments = chain.writable
+            if len(segments) == 1:
+                address, size = segments[0][0] + HEADER.size, segments[0][1] - HEADER.size
+                # A program that reads into aligned memory is served by a copy of aligned words, twice as fast as the
+                # other one, if what lies behind a header of 44 bytes has a place in the stream that is as odd.
+                if size > _WORD:
+                    size -= position + room + size - HEADER.size & _WORD - 1
+                size = size if size < wanted - room else wanted - room
+                ranges.append((address, size))
+            else:
+                behind = _behind_header(segments, wanted - room)
+                size = sum(length for _, length in behind)
+                ranges += behind
+            parts.append((chain, size))
             room += size
-        if not chains:
-            return False
-        try:
-            length = connection.host.recvmsg_into(views)[0]
-        except BlockingIOError:
-            connection.readable = False
-        except OSError:
-            self.queues[RX].rewind(len(chains))
-            self._board.reset(connection)
-            return True
-        else:
-            if length:
-                self._push(connection, chains, length)
-                # What was there has been read: the epoll set tells of more.
-                if length >= available:
-                    connection.readable = False
-                return True
-            self._board.host_ended(connection)
-        self.queues[RX].rewind(len(chains))
-        return True
+        return parts, ranges
 
-    def _push(self, connection: Connection, chains: Sequence[tuple[Chain, int]], length: int) -> None:
+    def _push(self, connection: Connection, parts: Sequence[tuple[Chain, int]], length: int) -> None:
         """Give the guest the buffers that were filled, each with its header, and keep the others."""
-        rx = self.queues[RX]
+        rx, view = self.queues[RX], self.host.memory.view
         self._bytes_to_guest += length
         connection.sent_payload(length)
-        packed, packed_length = b"", 0
-        for number, (chain, size) in enumerate(chains):
-            if not length:
-                rx.rewind(len(chains) - number)
-                break
-            part = min(size, length)
-            if part != packed_length:
-                packed, packed_length = connection.packet(RW, part).pack(), part
-            chain.write(packed)
+        packed, packed_size = b"", 0
+        number = 0
+        for chain, room in parts:
+            size = room if room < length else length
+            if size != packed_size:
+                packed, packed_size = connection.packet(RW, size).pack(), size
+            address, first = chain.writable[0]
+            if first >= HEADER.size:
+                view(address, HEADER.size)[:] = packed
+            else:
+                chain.write(packed)
             if rx.tracing:
                 chain.detail = Header.unpack(packed).describe()
-            rx.push(chain, HEADER.size + part)
-            length -= part
-            self._packets_to_guest += 1
+            rx.push(chain, HEADER.size + size)
+            number += 1
+            length -= size
+            if not length:
+                break
+        if number < len(parts):
+            rx.rewind(len(parts) - number)
+        self._packets_to_guest += number
+
+
+def _behind_header(segments: Sequence[Segment], wanted: int) -> list[Segment]:
+    """What follows a header in a buffer of several segments, as far as it is wanted and one read of the host goes."""
+    behind: list[Segment] = []
+    header = HEADER.size
+    for address, length in segments:
+        skipped = min(header, length)
+        header -= skipped
+        taken = min(length - skipped, wanted)
+        if taken and len(behind) < _TURN_RANGES:
+            behind.append((address + skipped, taken))
+            wanted -= taken
+    return behind
