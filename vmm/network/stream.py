@@ -18,7 +18,8 @@ LENGTH: Final = struct.Struct(">I")
 MAX_FRAME: Final = 65_535  #: bytes, as passt has it
 LIKED_MTU: Final = 65_520  #: the largest whose frames fit; large ones are what makes a stream of frames fast
 
-_BUFFER: Final = 1 << 20
+READ_BYTES: Final = 256 << 10  #: at once; more keeps the guest waiting for the first of them
+_BUFFER: Final = READ_BYTES + (128 << 10)  # with room for the frame that has not come wholly
 _FIRST: Final = HEADER.size - LENGTH.size  # so that the first frame has room for its header, too
 SEND_BUFFER: Final = 4 << 20
 
@@ -80,7 +81,7 @@ class StreamPort(Port):
             buffer[_FIRST : _FIRST + left] = buffer[self._begin : self._end]
             self._begin, self._end = _FIRST, _FIRST + left
         try:
-            count = self._socket.recv_into(buffer[self._end :])
+            count = self._socket.recv_into(buffer[self._end : self._end + READ_BYTES])
         except BlockingIOError:
             return False
         except OSError:

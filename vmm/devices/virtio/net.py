@@ -15,6 +15,7 @@ Left out: UFO and USO, RSS and hash reports, VLAN filtering, notification coales
 
 from __future__ import annotations
 
+import asyncio
 import os
 import struct
 from collections.abc import Callable, Mapping
@@ -65,7 +66,8 @@ MAX_PARTS: Final = 64  #: pieces of a frame that are sent as they are; of more, 
 BATCH_FRAMES: Final = 15  #: sent with one system call, which takes 1,024 parts
 BATCH_BYTES: Final = 256 << 10
 BATCHES: Final = 16  #: sent during one notification; the loop goes on with the rest
-READS: Final = 4  #: from the host during one turn of the loop
+COMPLETION_SECONDS: Final = 0.001  #: until the guest hears of frames that were sent, at the latest
+COMPLETIONS: Final = 64  #: frames sent, of which the guest hears at once
 
 _GSO_FEATURES: Final = {GSO_TCPV4: HOST_TSO4, GSO_TCPV6: HOST_TSO6}
 _FLOWS: Final = 256
@@ -115,6 +117,9 @@ class NetworkDevice(VirtioDevice):
         self._link_seen = self.port.up
         self._paused = self._closed = False
         self._starved = False  # frames wait for buffers of the guest
+        self._completed = 0  # frames sent of which the guest has not heard
+        self._timing = False
+        self._timer: asyncio.TimerHandle | None = None
         self._watched: dict[int, Inbox] = {}  # file descriptors that the loop reads, changed on its thread only
         self._written = -1  # the one that it waits to write to
 
@@ -161,6 +166,7 @@ class NetworkDevice(VirtioDevice):
 
     def deactivate(self) -> None:
         self._announce = False
+        self._completed = 0
         for inbox in self.port.inboxes:
             inbox.frames = []
         self._call(self._watch)
@@ -195,6 +201,28 @@ class NetworkDevice(VirtioDevice):
             self._deliver_rest()
             if not self._starved:
                 self._call(self._watch)
+
+    # The guest hears of sent frames together with received ones, which TCP brings soon, or a little later: an interrupt
+    # costs it more than a frame.
+
+    def _signal_sent(self) -> None:
+        self._completed = 0
+        for queue in self.queues[1 : self._control_index : 2]:
+            queue.signal()
+
+    def _set_timer(self) -> None:
+        if not self._closed:
+            self._timer = self.host.loop.call_later(COMPLETION_SECONDS, self._timed)
+
+    def _timed(self) -> None:
+        """On the loop."""
+        with self.served():
+            self._timer = None
+            if self.active and not self._paused and self._completed:
+                self._signal_sent()
+                self._set_timer()
+            else:
+                self._timing = False
 
     # Control (5.1.6.5).
 
@@ -249,11 +277,16 @@ class NetworkDevice(VirtioDevice):
                 statistics.sent_bytes += total
             for chain in chains:
                 queue.push(chain, 0)
+            self._completed += len(chains)
             if not chains and not queue.rearm():
                 break
         else:
             self._call(self._continue)
-        queue.signal()
+        if self._completed >= COMPLETIONS:
+            self._signal_sent()
+        elif self._completed and self._timer is None and not self._timing:
+            self._timing = True
+            self._call(self._set_timer)
         if port.pending or port.up is not self._link_seen:
             self._port_changed()
 
@@ -292,18 +325,16 @@ class NetworkDevice(VirtioDevice):
         """On the loop: there are frames, or a change of the link."""
         with self.served():
             if self.active and not self._paused:
-                for _ in range(READS):
-                    if not inbox.frames and not self.port.receive(inbox):
-                        break
-                    if not self._deliver(inbox):
-                        break
+                # Once per turn: the loop comes back if there is more, and in between the guest's threads have the lock.
+                if inbox.frames or self.port.receive(inbox):
+                    self._deliver(inbox)
                 if self.port.up is not self._link_seen:
                     self._port_changed()
             if self._starved:
                 self._watch()
 
-    def _deliver(self, inbox: Inbox) -> bool:
-        """Give the guest the frames of an inbox; False if it has no buffers for all of them."""
+    def _deliver(self, inbox: Inbox) -> None:
+        """Give the guest the frames of an inbox, as far as it has buffers."""
         frames, buffer, prefix = inbox.frames, inbox.buffer, self.port.header
         wanted, statistics = self._control.filter, self.statistics
         pair = self.port.inboxes.index(inbox)
@@ -323,8 +354,7 @@ class NetworkDevice(VirtioDevice):
             chains = self._take(queue, end - begin)
             if chains is None:
                 self._starved = True
-                queue.signal()
-                return False
+                break
             frames.pop()
             if not chains:
                 statistics.received_dropped += 1
@@ -345,7 +375,8 @@ class NetworkDevice(VirtioDevice):
             statistics.received_frames += 1
             statistics.received_bytes += end - destination
         queue.signal()
-        return True
+        if self._completed:
+            self._signal_sent()
 
     def _deliver_rest(self) -> None:
         """The guest has buffers again."""
@@ -398,6 +429,7 @@ class NetworkDevice(VirtioDevice):
                 for pair in range(self._pairs):
                     if self.queues[2 * pair + 1].ready and 2 * pair + 1 < self._control_index:
                         self._transmit(self.queues[2 * pair + 1], pair)
+                self._signal_sent()
                 if self._starved:
                     self._deliver_rest()
         self._watch()
