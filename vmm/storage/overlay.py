@@ -49,7 +49,7 @@ MAX_DEPTH: Final = 8  #: overlays over overlays
 
 FORMATS: Final = ("raw", "overlay")
 
-_ZEROES: Final = bytes(MAX_CLUSTER)
+_WINDOW: Final = 4096  # clusters
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,18 +257,20 @@ class OverlayDisk(Disk):
     def _runs(self, offset: int, length: int) -> Iterator[tuple[bool, int, int]]:
         """The range in pieces that lie in one place: whether here, offset, and length."""
         cluster, end = self._cluster, offset + length
-        first, last = offset // cluster, (end - 1) // cluster
-        bits = int.from_bytes(self._bitmap[first // 8 : last // 8 + 1], "little") >> first % 8
-        count = last - first + 1
-        while count:
-            here = bool(bits & 1)
-            # The number of equal bits from the lowest on: that of the first different one.
-            different = ~bits if here else bits
-            different &= (1 << count) - 1
-            equal = (different & -different).bit_length() - 1 if different else count
-            stop = min(end, (first + equal) * cluster)
-            yield here, offset, stop - offset
-            offset, first, count, bits = stop, first + equal, count - equal, bits >> equal
+        number, after = offset // cluster, (end - 1) // cluster + 1
+        while number < after:
+            # A few at a time: shifting takes as long as the number has bits.
+            count = min(after - number, _WINDOW)
+            bits = int.from_bytes(self._bitmap[number // 8 : (number + count + 7) // 8], "little") >> number % 8
+            while count:
+                here = bool(bits & 1)
+                # How many equal bits there are from the lowest on: the place of the first different one.
+                different = (~bits if here else bits) & ((1 << count) - 1)
+                equal = (different & -different).bit_length() - 1 if different else count
+                number, count, bits = number + equal, count - equal, bits >> equal
+                stop = min(end, number * cluster)
+                yield here, offset, stop - offset
+                offset = stop
 
     def _mark(self, first: int, last: int) -> None:
         """Clusters ``first`` up to, without, ``last`` lie here; the lock is held."""
@@ -344,9 +346,8 @@ class OverlayDisk(Disk):
                 raise
 
     def discard(self, offset: int, length: int) -> None:
-        for here, start, size in self._runs(offset, length):
-            if here:
-                self._file.discard(self._data + start, size)
+        # Where clusters do not lie here, nothing has room yet.
+        self._file.discard(self._data + offset, length)
 
     def write_zeroes(self, offset: int, length: int, *, unmap: bool) -> None:
         with self._lock:

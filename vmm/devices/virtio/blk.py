@@ -18,6 +18,7 @@ Left out: SIZE_MAX and GEOMETRY (they would say nothing), LIFETIME, SECURE_ERASE
 
 from __future__ import annotations
 
+import contextlib
 import struct
 import threading
 from collections import deque
@@ -78,7 +79,8 @@ MAX_SEGMENTS: Final = QUEUE_SIZE - 2  #: of data, in one request: a chain has ro
 PHYSICAL_BLOCK_EXPONENT: Final = 3  #: 4 KiB, the page of the host's cache
 MAX_DISCARD_SECTORS: Final = 1 << 22
 MAX_WRITE_ZEROES_SECTORS: Final = 1 << 17
-MAX_RANGES: Final = 64  #: segments in one DISCARD or WRITE_ZEROES
+MAX_DISCARD_RANGES: Final = 64  #: segments in one DISCARD
+MAX_WRITE_ZEROES_RANGES: Final = 8  #: and in one WRITE_ZEROES, which may have to write them all
 ID_BYTES: Final = 20
 LARGE: Final = 4 << 20  #: bytes beyond which the worker moves data; waking it costs more than copying 1 MiB does
 
@@ -139,14 +141,13 @@ class BlockDevice(VirtioDevice):
 
     @property
     def config_space(self) -> bytes:
-        ranges = 0 if self.disk.read_only else MAX_RANGES
         alignment = 1 << PHYSICAL_BLOCK_EXPONENT
         return CONFIG.pack(
             *(self._sectors, 0, MAX_SEGMENTS, 0, 0, 0, SECTOR),
             *(PHYSICAL_BLOCK_EXPONENT, 0, alignment, 0),
             *(self._writeback, self._queue_count),
-            *(MAX_DISCARD_SECTORS, ranges, alignment),
-            *(MAX_WRITE_ZEROES_SECTORS, ranges, 1),
+            *(MAX_DISCARD_SECTORS, MAX_DISCARD_RANGES, alignment),
+            *(MAX_WRITE_ZEROES_SECTORS, MAX_WRITE_ZEROES_RANGES, 1),
         )
 
     def write_config(self, offset: int, data: bytes) -> None:
@@ -199,7 +200,9 @@ class BlockDevice(VirtioDevice):
 
     def close(self) -> None:
         self._worker.close()
-        self.disk.close()
+        # What is lost with the last bits of an overlay is what the guest did not flush.
+        with contextlib.suppress(OSError):
+            self.disk.close()
 
     # Requests.
 
@@ -305,13 +308,16 @@ class BlockDevice(VirtioDevice):
         """DISCARD and WRITE_ZEROES: everything is checked before anything is done."""
         if not self.has(DISCARD if kind == T_DISCARD else WRITE_ZEROES):
             return IOERR if self.disk.read_only else UNSUPP
-        if not length or length % SEGMENT.size or length > MAX_RANGES * SEGMENT.size:
+        if kind == T_DISCARD:
+            limit, most, known = MAX_DISCARD_SECTORS, MAX_DISCARD_RANGES, 0
+        else:
+            limit, most, known = MAX_WRITE_ZEROES_SECTORS, MAX_WRITE_ZEROES_RANGES, UNMAP
+        if not length or length % SEGMENT.size or length > most * SEGMENT.size:
             return IOERR
-        limit = MAX_DISCARD_SECTORS if kind == T_DISCARD else MAX_WRITE_ZEROES_SECTORS
         ranges = list(SEGMENT.iter_unpack(chain.read(HEADER.size, length)))
         for sector, count, flags in ranges:
             # 5.2.6.2: a flag that the device does not know, and UNMAP in a discard.
-            if flags & ~(0 if kind == T_DISCARD else UNMAP):
+            if flags & ~known:
                 return UNSUPP
             if count > limit or not self._inside(sector, count * SECTOR):
                 return IOERR

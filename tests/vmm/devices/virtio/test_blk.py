@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from tests.vmm.devices.virtio.driver import Driver, driven
 from vmm.config import BlockConfig
@@ -207,6 +209,34 @@ def test_many_requests_before_one_notification_are_all_served(image: Path) -> No
             assert driver.contents(buffer) == CONTENTS[n * 512 : n * 512 + 512] + bytes([OK])
 
 
+PARTS = st.lists(st.sampled_from([1, 4, 16, 20, 511, 512, 1024, 4096]), max_size=5)
+KINDS = st.sampled_from([*blk.TYPE_NAMES, 2, 14, 0xFFFF_FFFF])
+PLACES = st.one_of(st.integers(0, SECTORS + 8), st.integers(0, 2**64 - 1))
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.tuples(KINDS, PLACES, st.integers(0, 17), PARTS, PARTS), max_size=12))
+def test_whatever_the_driver_asks_it_gets_a_status_or_has_to_reset(
+    image: Path, requests: list[tuple[int, int, int, list[int], list[int]]]
+) -> None:
+    with disk(image, queues=2) as driver:
+        for kind, sector, length, to_read, to_write in requests:
+            first = header(kind, sector)[:length]
+            readable = [part for part in (first, *map(bytes, to_read)) if part]
+            if not readable and not to_write:
+                continue
+            driver.add(1, readable, to_write)
+            driver.notify(1)
+            if len(b"".join(readable)) < 16 or not to_write:
+                assert driver.needs_reset
+                driver.start()
+                continue
+            (buffer,) = driver.wait(1)
+            assert buffer.written == sum(to_write)
+            assert driver.contents(buffer)[-1] in (OK, IOERR, UNSUPP)
+    assert image.stat().st_size == SIZE
+
+
 # Discard and zeroes.
 
 
@@ -249,7 +279,7 @@ def test_bad_ranges_are_refused_and_change_nothing(image: Path, kind: int, segme
     assert image.read_bytes() == CONTENTS
 
 
-@pytest.mark.parametrize("length", [0, 15, 17, 16 * (blk.MAX_RANGES + 1)])
+@pytest.mark.parametrize("length", [0, 15, 17, 16 * (blk.MAX_DISCARD_RANGES + 1)])
 def test_bad_numbers_of_ranges_are_refused(image: Path, length: int) -> None:
     with disk(image) as driver:
         data = [bytes(length)] if length else []
