@@ -102,6 +102,8 @@ def _needed(content: bytes) -> tuple[str | None, list[str]]:
 
     loader: str | None = None
     needed: list[str] = []
+    if not content.startswith(b"\x7fELF"):
+        return loader, needed
     for segment in ELFFile(io.BytesIO(content)).iter_segments():
         if isinstance(segment, InterpSegment):
             loader = segment.get_interp_name().lstrip("/")
