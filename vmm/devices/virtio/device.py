@@ -210,12 +210,14 @@ class VirtioDevice:
                         self._miss(queue)
 
     def fail(self, error: QueueError) -> None:
-        """The driver broke a rule: stop, and ask it for a reset (2.1.2)."""
+        """The driver broke a rule: stop, and ask it for a reset (2.1.2). What it waits for does not come any more."""
         if self.mistake is None:
             # What the traceback refers to, such as views of guest memory, must not live as long as the mistake.
             error.__cause__ = error.__context__ = None
             self.mistake = error.with_traceback(None)
             self.active = False
+            for queue in self.queues:
+                queue.abandon()
             self.host.failed(error)
 
     def _crash(self, error: Exception) -> None:

@@ -110,15 +110,16 @@ class Chain:
     )
 
     def __init__(
-        self, queue: Queue, head: int, readable: list[Segment], writable: list[Segment], sizes: tuple[int, int]
+        self, queue: Queue, head: int, readable: list[Segment], readable_bytes: int, writable: list[Segment], total: int
     ) -> None:
         self._queue = queue
         self.head = head
         self.generation = queue.generation
         self.serial = 0
         self.readable = readable
+        self.readable_bytes = readable_bytes
         self.writable = writable
-        self.readable_bytes, self.writable_bytes = sizes
+        self.writable_bytes = total - readable_bytes
         self.began = 0.0
         self.detail = ""
 
@@ -219,21 +220,25 @@ class Queue:
         self._next_available = self._next_used = self._signalled = 0
 
     def reset(self) -> None:
-        """Back to the beginning; buffers that the device still holds are not given back any more."""
+        """Back to the beginning; buffers that the device still holds are abandoned."""
         self.release()
         self._forget()
 
     def release(self) -> None:
         """Let go of guest memory (the driver clears QueueReady, or resets): it may put another queue there, which
-        begins at index 0 (4.2.3.2). Buffers that the device still holds are not given back any more."""
+        begins at index 0 (4.2.3.2). Buffers that the device still holds are abandoned."""
         if self.ready:
             self.ready = False
             for view in (self._table, self._available_words, self._used_words, self._used_halves):
                 view.release()
+        self.abandon()
+        self._next_available = self._next_used = self._signalled = 0
+
+    def abandon(self) -> None:
+        """Buffers that the device still holds are not given back any more: pushing one does nothing."""
         self.generation += 1
         self.held.clear()
         self.lost.clear()
-        self._next_available = self._next_used = self._signalled = 0
 
     def enable(self, event_index: bool, indirect: bool) -> None:
         """Use the areas that :attr:`descriptors`, :attr:`available` and :attr:`used` name (the driver sets QueueReady).
@@ -356,8 +361,8 @@ class Queue:
     def push(self, chain: Chain, written: int) -> None:
         """Give a buffer back, the first ``written`` bytes of its writable part being filled.
 
-        A buffer from before a reset is dropped. The driver is not interrupted before :meth:`signal`. A device that
-        wrote behind the first ``written`` bytes tells guest memory of that by itself.
+        A buffer that was abandoned, as by a reset, is dropped. The driver is not interrupted before :meth:`signal`. A
+        device that wrote behind the first ``written`` bytes tells guest memory of that by itself.
 
         Raises:
             DeviceError: the buffer was given back before, or has fewer bytes to write.
@@ -535,4 +540,4 @@ class Queue:
             readable_bytes = total
         if total > self._limit:
             raise QueueError(f"the chain at descriptor {head} has {total} bytes, more than {self._limit}")
-        return Chain(self, head, readable, writable, (readable_bytes, total - readable_bytes))
+        return Chain(self, head, readable, readable_bytes, writable, total)

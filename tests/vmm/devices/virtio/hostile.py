@@ -66,7 +66,7 @@ class HostileDriver:
         """Do harm, and look at what must hold."""
         self.set_up()
         often = [self.describe, self.offer, self.notify, self.scribble, self.configuration]
-        seldom = [self.write_register, self.read_registers, self.jump, self.set_up]
+        seldom = [self.write_register, self.read_registers, self.jump, self.set_up, self.pause]
         for step in range(steps):
             act = self.random.choice(2 * often + seldom) if self.random.random() < self.malice else self.request
             act()
@@ -91,11 +91,11 @@ class HostileDriver:
         assert not self.callbacks, self.callbacks
         with driver.device.lock:
             for queue in driver.device.queues:
-                if queue.ready:
+                if driver.device.active and queue.ready:
                     view = queue.view()
                     taken = view["next_available"] - view["next_used"] & 0xFFFF
                     assert taken == len(view["held"]) <= queue.size, "the used ring is ahead of what was taken"
-                    assert not (driver.device.active and queue.lost)
+                    assert not queue.lost
         left_alone = driver.memory.read(BASE, PLAYGROUND - BASE) == self.guard
         assert left_alone, "memory that no descriptor names was written"
 
@@ -231,6 +231,22 @@ class HostileDriver:
             (self.indices[number] - 1 & 0xFFFF, self.indices[number] + 2 & 0xFFFF, self.random.getrandbits(16))
         )
         self.poke(self.rings[number][2] + 2, self.indices[number].to_bytes(2, "little"))
+
+    def pause(self) -> None:
+        """The VM is paused, its device saved and perhaps put back, as a snapshot would do."""
+        self.driver.loop.run(self._pause, self.random.random() < 0.5)
+
+    def _pause(self, restore: bool) -> None:
+        slot, device = self.driver.slot, self.driver.device
+        with device.lock:
+            device.pause()
+        state = slot.save()
+        if restore:
+            slot.restore(state)
+            again = slot.save()
+            assert (again.status, again.device.queues) == (state.status, state.device.queues)
+        with device.lock:
+            device.resume()
 
     def notify(self) -> None:
         choices = (self.queue(), self.queue(), self.queue(), len(self.rings), self.random.getrandbits(32))

@@ -158,6 +158,21 @@ def test_mistake_of_the_driver_ends_nothing(driver: Driver) -> None:
     assert not driver.needs_reset
 
 
+def test_buffers_held_at_a_mistake_are_abandoned(driver: Driver) -> None:
+    kept: list[Chain] = []
+    serve(driver, lambda queue, index: kept.extend(queue.chains()))
+
+    with driver.device.served():
+        raise QueueError("a mistake")
+    with driver.device.served():
+        driver.device.queues[0].push(kept.pop(), 0)
+        kept.clear()
+
+    assert driver.collect(0) == []
+    assert driver.device.save().active is False
+    assert not driver.crashes
+
+
 def test_mistake_keeps_no_view_of_guest_memory(driver: Driver) -> None:
     def notify(queue: Queue, index: int) -> None:
         for chain in queue.chains():
