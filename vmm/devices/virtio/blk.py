@@ -29,7 +29,7 @@ from typing import Any, ClassVar, Final
 from vmm.config import BlockConfig
 from vmm.devices.virtio.device import Host, VirtioDevice
 from vmm.devices.virtio.queue import Chain, Queue, QueueError
-from vmm.storage import Disk, open_disk
+from vmm.storage import Disk, DiskError, open_disk
 
 # Features (5.2.3).
 SEG_MAX: Final = 1 << 2
@@ -153,7 +153,16 @@ class BlockDevice(VirtioDevice):
     def write_config(self, offset: int, data: bytes) -> None:
         # 5.2.5: only the cache mode can be written, by a driver that negotiated to do so.
         if self.has(CONFIG_WCE) and offset == WRITEBACK_OFFSET and len(data) == 1:
-            self._writeback = bool(data[0] & 1)
+            wanted = bool(data[0] & 1)
+            if self._writeback and not wanted:
+                # The driver flushes no more from now on. If this one fails, it reads that the cache is still there.
+                self._worker.drain()
+                try:
+                    self.disk.flush()
+                except OSError:
+                    wanted = True
+                self._give_back()
+            self._writeback = wanted
 
     def update(self) -> int:
         """Look at the disk's file again, which may have grown, and tell the driver; returns the size in bytes.
@@ -191,7 +200,12 @@ class BlockDevice(VirtioDevice):
 
     def save_own(self) -> dict[str, Any]:
         # What a copy of the file must have: an overlay keeps in memory which clusters it has.
-        self.disk.flush()
+        try:
+            self.disk.flush()
+        except OSError as error:
+            raise DiskError(
+                f"{self.disk.path} cannot be made stable: {error.strerror}; the state of {self.name} needs that"
+            ) from error
         return {"writeback": self._writeback, "sectors": self._sectors}
 
     def restore_own(self, own: Mapping[str, Any]) -> None:

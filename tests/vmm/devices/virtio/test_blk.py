@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import resource
 import threading
@@ -59,6 +60,21 @@ def flush(driver: Driver) -> int:
 def deallocate(driver: Driver, kind: int, *ranges: tuple[int, int, int]) -> int:
     data = b"".join(blk.SEGMENT.pack(*each) for each in ranges)
     return driver.request(0, [header(kind), data], [1])[0]
+
+
+class Broken:
+    """Makes a method of a device's disk fail until it is mended."""
+
+    def __init__(self, device: BlockDevice, name: str) -> None:
+        self.mended = False
+        original: Callable[..., object] = getattr(device.disk, name)
+
+        def method(*arguments, **named) -> object:
+            if not self.mended:
+                raise OSError(errno.EIO, "broken")
+            return original(*arguments, **named)
+
+        setattr(device.disk, name, method)
 
 
 # What the driver is told.
@@ -308,6 +324,36 @@ def test_the_driver_can_turn_the_write_cache_off(image: Path) -> None:
         assert driver.config(32, 1) == 0
         assert write(driver, 0, bytes(512)) == OK
         assert driver.device.counters.on_worker == 1  # synchronous, hence not on the vCPU's thread
+
+
+def test_a_cache_that_cannot_be_emptied_stays_on(image: Path) -> None:
+    with disk(image) as driver:
+        broken = Broken(driver.device, "flush")
+        driver.slot.write(0x100 + 32, 1, 0)
+        assert driver.config(32, 1) == 1
+        broken.mended = True
+        driver.slot.write(0x100 + 32, 1, 0)
+        assert driver.config(32, 1) == 0
+
+
+@pytest.mark.parametrize("kind", [blk.T_FLUSH, blk.T_IN, blk.T_OUT, blk.T_DISCARD, blk.T_WRITE_ZEROES])
+def test_an_error_of_the_host_is_an_error_of_the_request_alone(image: Path, kind: int) -> None:
+    method = {blk.T_IN: "try_read", blk.T_OUT: "write", blk.T_WRITE_ZEROES: "write_zeroes"}
+    readable = {blk.T_OUT: [bytes(512)], blk.T_WRITE_ZEROES: [blk.SEGMENT.pack(0, 8, 0)]}
+    readable[blk.T_DISCARD] = readable[blk.T_WRITE_ZEROES]
+    writable = [512, 1] if kind == blk.T_IN else [1]
+    with disk(image) as driver:
+        broken = Broken(driver.device, method.get(kind, blk.TYPE_NAMES[kind]))
+        assert driver.request(0, [header(kind), *readable.get(kind, [])], writable)[-1] == IOERR
+        broken.mended = True
+        assert driver.request(0, [header(kind), *readable.get(kind, [])], writable)[-1] == OK
+
+
+def test_a_disk_that_cannot_be_made_stable_cannot_be_saved(image: Path) -> None:
+    with disk(image) as driver:
+        Broken(driver.device, "flush")
+        with pytest.raises(DiskError, match=r"cannot be made stable: broken; the state of blk needs that"):
+            driver.slot.save()
 
 
 def test_the_write_cache_setting_needs_its_feature(image: Path) -> None:
