@@ -374,6 +374,14 @@ class MicroVm:
         return self._machine
 
     @property
+    def thread_ids(self) -> dict[str, int]:
+        """The host's thread of each vCPU by name (``vcpu-0``), and that of the VM's event loop (``vm-loop``)."""
+        threads = [each.thread for each in self._loop_threads]
+        if self._machine is not None:
+            threads += [vcpu.thread for vcpu in self._machine.vcpus]
+        return {each.name: each.native_id for each in threads if each.native_id is not None and each.is_alive()}
+
+    @property
     def end(self) -> MachineEnd | None:
         """How the VM ended; None while it has not."""
         return self._end.result() if self._end.done() else None

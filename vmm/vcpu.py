@@ -105,6 +105,11 @@ class Vcpu:
         return self._state
 
     @property
+    def thread(self) -> threading.Thread:
+        """The host's thread."""
+        return self._thread
+
+    @property
     def instructions(self) -> int:
         """Retired by the guest on this hart."""
         return self.hart.instructions if self._instructions is None else self._instructions

@@ -76,6 +76,11 @@ class Watched:
     def pid(self) -> int:
         return self._process.pid
 
+    @property
+    def text(self) -> str:
+        """What the process has printed and has been read."""
+        return self._text.decode(errors="replace")
+
     def seconds_until(self, marker: str, timeout: float = LONGEST_RUN) -> float:
         """Seconds from the exec until the process has printed ``marker``.
 

@@ -1,0 +1,7 @@
+"""How the runtime reaches a virtual machine monitor."""
+
+from __future__ import annotations
+
+from kata_lab.hypervisor.base import Hypervisor, HypervisorConfig
+
+__all__ = ["Hypervisor", "HypervisorConfig"]

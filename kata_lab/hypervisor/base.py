@@ -1,0 +1,118 @@
+"""The interface between the runtime and a VMM, after runtime-rs's ``Hypervisor`` (Kata Containers 3.0).
+
+A hypervisor drives one VM: prepared → running ⇄ paused → stopped. Every method may be called from one event loop only.
+"""
+
+from __future__ import annotations
+
+import abc
+import socket
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vmm.config import DeviceConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HypervisorConfig:
+    """The VM of a sandbox.
+
+    Attributes:
+        kernel: its kernel.
+        initrd: its initial RAM file system, or None.
+        cmdline: the kernel's command line.
+        vcpus: how many.
+        memory_mib: how much memory.
+        devices: in the order in which the guest finds them; one of them is the vsock device ``agent``.
+        milestones: name → pattern of a console line, for the start time line.
+        trace: count exits.
+    """
+
+    kernel: Path
+    initrd: Path | None
+    cmdline: str
+    vcpus: int = 1
+    memory_mib: int = 256
+    devices: Sequence[DeviceConfig] = ()
+    milestones: dict[str, str] = field(default_factory=dict)
+    trace: bool = False
+
+
+class Hypervisor(abc.ABC):
+    """A VMM that runs one VM."""
+
+    name: str
+
+    @abc.abstractmethod
+    async def prepare_vm(self, config: HypervisorConfig) -> None:
+        """Make the VM; nothing of the guest runs yet.
+
+        Raises:
+            KataLabError or VmmError: it cannot be made; nothing is left behind.
+        """
+
+    @abc.abstractmethod
+    async def start_vm(self, timeout: float) -> None:
+        """Let the guest run. Fails if that takes longer than ``timeout`` seconds."""
+
+    @abc.abstractmethod
+    async def stop_vm(self) -> None:
+        """Stop the guest as pulling the plug does. A second time is nothing."""
+
+    @abc.abstractmethod
+    async def wait_vm(self) -> str:
+        """Wait for the end of the guest; says how it ended."""
+
+    @abc.abstractmethod
+    async def pause_vm(self) -> None:
+        """Stop every vCPU and device until :meth:`resume_vm`."""
+
+    @abc.abstractmethod
+    async def resume_vm(self) -> None:
+        """Undo :meth:`pause_vm`."""
+
+    @abc.abstractmethod
+    async def dial(self, port: int) -> socket.socket:
+        """Connect to a vsock port of the guest; raises while nobody listens there."""
+
+    @abc.abstractmethod
+    def listen(self, port: int, accept: Callable[[socket.socket], object]) -> None:
+        """Give ``accept``, on any thread, a socket for each connection that the guest opens to ``port`` of the host."""
+
+    @abc.abstractmethod
+    async def add_share(self, name: str, path: Path, read_only: bool, override_stat: bool) -> None:
+        """Make a host directory or file appear as ``name`` in the shared directory."""
+
+    @abc.abstractmethod
+    async def remove_share(self, name: str) -> None:
+        """Undo :meth:`add_share`."""
+
+    @abc.abstractmethod
+    def ended(self) -> str | None:
+        """How the guest ended; None while it has not."""
+
+    @abc.abstractmethod
+    def get_pids(self) -> list[int]:
+        """The processes that the VM consists of."""
+
+    @abc.abstractmethod
+    def get_thread_ids(self) -> dict[str, int]:
+        """The host's thread of each vCPU, by name."""
+
+    @abc.abstractmethod
+    def get_hypervisor_metrics(self) -> Any:
+        """The VM's counters (:class:`vmm.metrics.VmMetrics`)."""
+
+    @abc.abstractmethod
+    def timeline(self) -> list[tuple[str, float]]:
+        """Milestones of the boot: name, and host time (``time.monotonic``)."""
+
+    @abc.abstractmethod
+    def console_lines(self, count: int) -> list[str]:
+        """The last lines of the guest's console."""
+
+    @abc.abstractmethod
+    async def cleanup(self) -> None:
+        """Give everything back; the VM is stopped if need be."""

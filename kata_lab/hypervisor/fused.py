@@ -1,0 +1,135 @@
+"""The fused arrangement: the VMM in the runtime's own process, its actions as function calls (RunD's way)."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+from kata_lab.errors import KataLabError
+from kata_lab.hypervisor.base import Hypervisor, HypervisorConfig
+from vmm import actions
+from vmm.config import ConsoleConfig, VmConfig
+
+if TYPE_CHECKING:
+    from vmm.devices.virtio.fs.device import FsDevice
+    from vmm.devices.virtio.vsock.device import VsockDevice
+    from vmm.microvm import MicroVm
+
+AnswerT = TypeVar("AnswerT")
+
+VSOCK = "agent"  #: the name of the vsock device
+SHARE = "shared"  #: the name of the virtio-fs device
+
+
+class FusedHypervisor(Hypervisor):
+    """A :class:`~vmm.microvm.MicroVm` in this process."""
+
+    name = "fused"
+
+    def __init__(self) -> None:
+        self._vm: MicroVm | None = None
+        self._started_at = 0.0
+
+    @property
+    def vm(self) -> MicroVm:
+        """The VM.
+
+        Raises:
+            KataLabError: it is not made yet, or gone.
+        """
+        if self._vm is None:
+            raise KataLabError("the sandbox has no VM: it is not prepared, or cleaned up already")
+        return self._vm
+
+    async def prepare_vm(self, config: HypervisorConfig) -> None:
+        from vmm.microvm import MicroVm
+
+        self._vm = MicroVm(
+            VmConfig(
+                kernel=config.kernel,
+                initrd=config.initrd,
+                cmdline=config.cmdline,
+                vcpus=config.vcpus,
+                memory_mib=config.memory_mib,
+                devices=tuple(config.devices),
+                console=ConsoleConfig(milestones=config.milestones),
+                trace=config.trace,
+            )
+        )
+
+    async def start_vm(self, timeout: float) -> None:
+        from vmm.engine.rv64.hart import Rv64Engine
+
+        # The first time on a machine it compiles for seconds, which is no part of the limit.
+        await asyncio.to_thread(Rv64Engine.prepare)
+        self._started_at = time.monotonic()
+        try:
+            async with asyncio.timeout(timeout):
+                await self._ask(actions.StartMicroVm())
+        except TimeoutError:
+            raise KataLabError(f"the VM did not start within {timeout:g} s") from None
+
+    async def stop_vm(self) -> None:
+        if self._vm is not None:
+            await self._ask(actions.ShutdownMicroVm())
+
+    async def wait_vm(self) -> str:
+        return (await asyncio.wrap_future(self.vm.ended)).detail
+
+    async def pause_vm(self) -> None:
+        await self._ask(actions.PauseMicroVm())
+
+    async def resume_vm(self) -> None:
+        await self._ask(actions.ResumeMicroVm())
+
+    async def dial(self, port: int) -> socket.socket:
+        return await asyncio.wrap_future(self._vsock.dial(port))
+
+    def listen(self, port: int, accept: Callable[[socket.socket], object]) -> None:
+        self._vsock.listen(port, accept)
+
+    async def add_share(self, name: str, path: Path, read_only: bool, override_stat: bool) -> None:
+        self._share.add(name, path, read_only=read_only, override_stat=override_stat)
+
+    async def remove_share(self, name: str) -> None:
+        self._share.remove(name)
+
+    def ended(self) -> str | None:
+        end = self.vm.end
+        return None if end is None else end.detail
+
+    def get_pids(self) -> list[int]:
+        return [os.getpid()]
+
+    def get_thread_ids(self) -> dict[str, int]:
+        return self.vm.thread_ids
+
+    def get_hypervisor_metrics(self) -> Any:
+        return self.vm.metrics()
+
+    def timeline(self) -> list[tuple[str, float]]:
+        return [(each.name, self._started_at + each.seconds) for each in self.vm.trace.milestones]
+
+    def console_lines(self, count: int) -> list[str]:
+        return self.vm.console.lines(count)
+
+    async def cleanup(self) -> None:
+        vm, self._vm = self._vm, None
+        if vm is not None:
+            await asyncio.to_thread(vm.close)
+
+    @property
+    def _vsock(self) -> VsockDevice:
+        return cast("VsockDevice", self.vm.machine.device(VSOCK))
+
+    @property
+    def _share(self) -> FsDevice:
+        return cast("FsDevice", self.vm.machine.device(SHARE))
+
+    def _ask(self, action: actions.VmmAction[AnswerT]) -> Awaitable[AnswerT]:
+        return asyncio.wrap_future(self.vm.request(action))

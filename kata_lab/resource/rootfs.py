@@ -1,0 +1,114 @@
+"""Root file systems of containers, and how they get into the guest.
+
+``split`` is RunD's way (RunD, USENIX ATC 2022, 4.1): the layers of an image are read-only directories of the host,
+shared by virtio-fs among all containers, and what a container writes goes to a disk of its sandbox; the guest overlays
+the one with the other. ``fs`` is one directory of the host, shared as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+SHARED: Final = "/run/kata-containers/shared/containers"  #: where the guest mounts the shared directory
+SCRATCH: Final = "/run/kata-containers/scratch"  #: where it mounts the disk for what containers write
+CONTAINERS: Final = "/run/kata-containers"
+
+Undo = Callable[[], Awaitable[None]]
+
+
+class Shares(Protocol):
+    """Who makes directories of the host appear in the guest's shared directory."""
+
+    async def share(self, name: str, path: Path, read_only: bool, override_stat: bool = False) -> str:
+        """Returns the path in the guest. The same name may be shared several times, by the same path."""
+        ...
+
+    async def unshare(self, name: str) -> None:
+        """Undo one :meth:`share`."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Attached:
+    """A root file system in the guest.
+
+    Attributes:
+        path: where it is there.
+        storages: what the agent mounts before, in this order (``Storage`` of agent.proto).
+        shares: names to unshare when the container is gone.
+    """
+
+    path: str
+    storages: list[dict[str, Any]] = field(default_factory=list)
+    shares: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class LayeredRoot:
+    """RunD's split.
+
+    Attributes:
+        layers: read-only directories of the host, the lowest first.
+        override_stat: owner and mode of their files are in an extended attribute.
+    """
+
+    layers: Sequence[Path]
+    override_stat: bool = False
+
+    async def attach(self, container_id: str, shares: Shares) -> Attached:
+        """Make it available to the guest."""
+        names: list[str] = []
+        lower: list[str] = []
+        try:
+            for layer in self.layers:
+                # By its place in the store, so that containers share what they have in common.
+                name = f"layer-{layer.name[:32]}"
+                lower.append(await shares.share(name, layer, True, self.override_stat))
+                names.append(name)
+        except BaseException:
+            for name in names:
+                await shares.unshare(name)
+            raise
+        place, own = f"{CONTAINERS}/{container_id}/rootfs", f"{SCRATCH}/{container_id}"
+        options = [
+            f"lowerdir={':'.join(reversed(lower))}",
+            f"upperdir={own}/upper",
+            f"workdir={own}/work",
+        ]
+        if self.override_stat:
+            options.append("userxattr")
+        overlay = {
+            "driver": "overlayfs",
+            "source": "overlay",
+            "fstype": "overlay",
+            "options": options,
+            "mount_point": place,
+        }
+        return Attached(place, [overlay], tuple(names))
+
+
+@dataclass(frozen=True, slots=True)
+class DirectoryRoot:
+    """One directory of the host.
+
+    Attributes:
+        path: the directory.
+        read_only: the guest cannot write to it.
+        override_stat: owner and mode of its files are in an extended attribute.
+    """
+
+    path: Path
+    read_only: bool = False
+    override_stat: bool = False
+
+    async def attach(self, container_id: str, shares: Shares) -> Attached:
+        """Make it available to the guest."""
+        name = f"{container_id}-rootfs"
+        inside = await shares.share(name, self.path, self.read_only, self.override_stat)
+        return Attached(inside, [], (name,))
+
+
+RootFs = LayeredRoot | DirectoryRoot
