@@ -58,11 +58,6 @@ class PasstPort(StreamPort):
         # 5.1.6.4.1: no flags for a driver without GUEST_CSUM.
         self.header = _VERIFIED if features & GUEST_CSUM else bytes(10)
 
-    @property
-    def last_words(self) -> str:
-        """What passt said last, if anything."""
-        return _last_words(self._errors) if self._errors >= 0 else ""
-
     def close(self) -> None:
         super().close()
         if self._errors >= 0:
@@ -95,7 +90,7 @@ def start_passt(config: NetworkConfig) -> PasstPort:
             theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
             arguments = [program, "--foreground", "--quiet", "--fd", str(theirs.fileno()), "--mtu", str(mtu)]
             # It writes its process id when it is about to serve, the only sign of that which it gives.
-            arguments += ["--pid", "/dev/stdout", *forward_arguments(config.forwards)]
+            arguments += ["--pid", "/proc/self/fd/1", *forward_arguments(config.forwards)]
             try:
                 process = subprocess.Popen(
                     arguments,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import time
@@ -15,11 +17,12 @@ import psutil
 import pytest
 
 from vmm.config import NetworkConfig
-from vmm.network.offload import HEADER
+from vmm.network.offload import HEADER, complete_checksum
 from vmm.network.passt import PasstPort, forward_arguments, start_passt
 from vmm.network.port import Frame, NetworkError
 
 MAC = bytes.fromhex("020000000001")
+GUEST = bytes([10, 0, 2, 15])
 
 
 def arp_request(address: bytes) -> bytes:
@@ -52,6 +55,38 @@ def test_passt_serves_and_leaves_with_its_port() -> None:
     port.close()
     assert port.process.returncode is not None
     port.close()
+
+
+def ipv4(protocol: int, destination: str, payload: bytes) -> bytes:
+    """A frame of the guest; its IP header is right."""
+    header = bytearray(struct.pack(">BBHHHBBH4s4s", 0x45, 0, 20 + len(payload), 1, 0, 64, protocol, 0, GUEST, b""))
+    header[16:] = socket.inet_aton(destination)
+    complete_checksum(header, 0, 10)
+    return b"\xff" * 6 + MAC + b"\x08\0" + bytes(header) + payload
+
+
+def test_passt_looks_at_no_checksum_of_the_guest() -> None:
+    # If this fails, PasstPort has to complete checksums.
+    wrong = 0xDEAD
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as trial:
+        trial.connect(("192.0.2.99", 9))  # sends nothing; tells the host's own address
+        host = trial.getsockname()[0]
+    with (
+        contextlib.closing(start_passt(NetworkConfig())) as port,
+        socket.create_server((host, 0)) as stream,
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as datagrams,
+    ):
+        syn = struct.pack(">HHIIBBHHH", 4000, stream.getsockname()[1], 1, 0, 5 << 4, 0x02, 8192, wrong, 0)
+        reply = answer(port, ipv4(socket.IPPROTO_TCP, host, syn))
+        while reply[12:14] != b"\x08\0" or reply[23] != socket.IPPROTO_TCP:
+            reply = answer(port, arp_request(bytes([10, 1, 2, 3])))
+        assert reply[14 + 20 + 13] & 0x12 == 0x12  # SYN and ACK
+
+        datagrams.bind((host, 0))
+        datagrams.settimeout(10)
+        datagram = struct.pack(">HHHH", 4000, datagrams.getsockname()[1], 12, wrong) + b"data"
+        port.send(0, [Frame(bytes(HEADER.size), [ipv4(socket.IPPROTO_UDP, host, datagram)], 14 + 20 + 12)])
+        assert datagrams.recv(100) == b"data"
 
 
 def test_killed_passt_ends_the_link() -> None:

@@ -78,7 +78,8 @@ _COUNT: Final = struct.Struct("<H")  #: num_buffers, at the header's end
 class NetworkStatistics:
     """What went through an interface, seen from the guest: received frames are those that it was given.
 
-    Dropped ones did not fit or were malformed, were not for the guest's address, or had no host to go to.
+    Dropped ones did not fit, were malformed, were not for the guest's address, or had no host to go to; what the port
+    itself could not pass on is in :attr:`~vmm.network.port.Port.dropped`.
     """
 
     received_frames: int = 0
@@ -118,7 +119,7 @@ class NetworkDevice(VirtioDevice):
         self._paused = self._closed = False
         self._starved = False  # frames wait for buffers of the guest
         self._completed = 0  # frames sent of which the guest has not heard
-        self._timing = False
+        self._timing = False  # whether the timer runs, or will
         self._timer: asyncio.TimerHandle | None = None
         self._watched: dict[int, Inbox] = {}  # file descriptors that the loop reads, changed on its thread only
         self._written = -1  # the one that it waits to write to
@@ -190,6 +191,8 @@ class NetworkDevice(VirtioDevice):
         if not self._closed:
             self._closed = True
             self._watch()
+            if self._timer is not None:
+                self._timer.cancel()
             self.port.close()
 
     def notify(self, queue: Queue, index: int) -> None:
@@ -233,6 +236,7 @@ class NetworkDevice(VirtioDevice):
         if not 1 <= count <= self._pairs:
             return False
         self._used_pairs = count
+        self._flows = [0] * _FLOWS
         self.port.use_pairs(count)
         self._call(self._watch)
         return True
@@ -284,11 +288,12 @@ class NetworkDevice(VirtioDevice):
             self._call(self._continue)
         if self._completed >= COMPLETIONS:
             self._signal_sent()
-        elif self._completed and self._timer is None and not self._timing:
+        elif self._completed and not self._timing:
             self._timing = True
             self._call(self._set_timer)
-        if port.pending or port.up is not self._link_seen:
-            self._port_changed()
+        if port.pending:
+            self._call(self._watch)
+        self._look_at_link()
 
     def _outgoing(self, chain: Chain) -> Frame | None:
         """The frame in a chain, or None if it makes no sense."""
@@ -328,9 +333,8 @@ class NetworkDevice(VirtioDevice):
                 # Once per turn: the loop comes back if there is more, and in between the guest's threads have the lock.
                 if inbox.frames or self.port.receive(inbox):
                     self._deliver(inbox)
-                if self.port.up is not self._link_seen:
-                    self._port_changed()
-            if self._starved:
+                self._look_at_link()
+            if self._starved or self._paused or not self.active:
                 self._watch()
 
     def _deliver(self, inbox: Inbox) -> None:
@@ -438,16 +442,16 @@ class NetworkDevice(VirtioDevice):
         """On the loop: the host takes more."""
         with self.served():
             self.port.flush()
-            if self.port.up is not self._link_seen:
-                self._port_changed()
+            self._look_at_link()
         if not self.port.pending:
             self._continue()
 
-    def _port_changed(self) -> None:
+    def _look_at_link(self) -> None:
         if self.port.up is not self._link_seen:
             self._link_seen = self.port.up
             self.config_changed()
-        self._call(self._watch)
+            # What waited to be sent is dropped, or can be sent now.
+            self._call(self._continue)
 
     def _watch(self) -> None:
         """On the loop: wait for what can be gone on with, and for nothing else."""

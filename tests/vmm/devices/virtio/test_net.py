@@ -8,6 +8,7 @@ import struct
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -19,6 +20,7 @@ from vmm.devices.virtio import net
 from vmm.devices.virtio.device import VERSION_1
 from vmm.devices.virtio.net import NetworkDevice
 from vmm.devices.virtio.net_control import CTRL_RX, CTRL_VQ, GUEST_ANNOUNCE, MQ
+from vmm.network import stream
 from vmm.network.offload import (
     CSUM,
     DATA_VALID,
@@ -447,6 +449,36 @@ def test_peer_that_leaves_in_the_middle_of_a_flood_takes_the_link_down() -> None
         each.peer.close()
         each.driver.wait(TRANSMIT, 60)
         until(lambda: each.driver.config(6, 2) == 0)
+
+
+def test_link_that_comes_back_sends_again_what_the_guest_has_now(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(stream, "SEND_BUFFER", 0)
+    config = NetworkConfig(backend="socket", socket=tmp_path / "wire")
+    with driven(NetworkDevice(config)) as driver:
+        for attempt in (b"first", b"second"):
+            with socket.socket(socket.AF_UNIX) as peer:
+                peer.connect(str(tmp_path / "wire"))
+                until(lambda: driver.config(6, 2) == net.LINK_UP)
+                driver.request(TRANSMIT, [PLAIN, frame(attempt)])
+                assert peer.recv(100)[4:] == frame(attempt)
+                # More than the socket takes, and nobody reads it.
+                for _ in range(40):
+                    driver.add(TRANSMIT, [PLAIN + frame(b"flood", length=60_000)])
+                driver.notify(TRANSMIT)
+                assert driver.device.queues[TRANSMIT].waiting
+            until(lambda: driver.config(6, 2) == 0)
+            driver.wait(TRANSMIT, 40)
+
+
+def test_device_that_needs_a_reset_does_not_listen() -> None:
+    with wire() as each:
+        each.driver.add(RECEIVE, writable=[11])
+        each.send(incoming(b"hello"))
+        until(lambda: each.driver.needs_reset)
+        each.send(incoming(b"again"))
+        until(lambda: not each.device._watched)
 
 
 def test_reset_while_a_frame_is_half_sent_does_not_break_the_stream() -> None:
