@@ -86,8 +86,7 @@ class Chain:
 
     Attributes:
         head: the index of its first descriptor, by which it is given back.
-        generation: the queue's, when the buffer was taken.
-        serial: counts the buffers taken, so that no two are the same.
+        serial: counts the buffers that were taken from the queue, so that no two are the same.
         readable: guest-physical segments to read; neighbours that touch are one segment.
         writable: guest-physical segments to write.
         readable_bytes: their total.
@@ -100,7 +99,6 @@ class Chain:
         "_queue",
         "began",
         "detail",
-        "generation",
         "head",
         "readable",
         "readable_bytes",
@@ -114,8 +112,7 @@ class Chain:
     ) -> None:
         self._queue = queue
         self.head = head
-        self.generation = queue.generation
-        self.serial = 0
+        self.serial = queue.serial + 1
         self.readable = readable
         self.readable_bytes = readable_bytes
         self.writable = writable
@@ -207,9 +204,10 @@ class Queue:
         #: Heads of buffers that the device's code dropped without giving them back.
         self.lost: list[int] = []
         self._fence = threading.Lock()
+        self._base, self._end = memory.base, memory.end
         self._limit = min(memory.size, MAX_CHAIN_BYTES)
-        self._serial = 0
-        self.generation = 0
+        #: How many buffers were taken, and how many of them when the device's were abandoned last.
+        self.serial = self._abandoned = 0
         self.ready = False
         self._forget()
 
@@ -236,7 +234,7 @@ class Queue:
 
     def abandon(self) -> None:
         """Buffers that the device still holds are not given back any more: pushing one does nothing."""
-        self.generation += 1
+        self._abandoned = self.serial
         self.held.clear()
         self.lost.clear()
 
@@ -312,7 +310,7 @@ class Queue:
         if head in held:
             raise QueueError(f"descriptor {head} was made available again while the device still has its buffer")
         chain = self._chain(head)
-        self._serial = held[head] = chain.serial = self._serial + 1
+        self.serial = held[head] = chain.serial
         self._next_available = taken + 1 & _INDEX
         if self.tracing:
             chain.began = time.monotonic()
@@ -369,7 +367,7 @@ class Queue:
         """
         head = chain.head
         if self.held.get(head) != chain.serial:
-            if chain.generation == self.generation:
+            if chain.serial > self._abandoned:
                 raise DeviceError(f"the buffer at descriptor {head} is not the device's any more: give it back once")
             return
         if not 0 <= written <= chain.writable_bytes:
@@ -476,7 +474,7 @@ class Queue:
         }
 
     def _chain(self, head: int) -> Chain:
-        base, end = self.memory.base, self.memory.end
+        base, end = self._base, self._end
         table, unpack = self._table, DESCRIPTOR.unpack_from
         index, count = head, self.size
         left = count
