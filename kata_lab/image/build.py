@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from kata_lab.errors import ImageError
+from kata_lab.image.absent import add_absent_libraries
 from kata_lab.image.apt import Archive, Package, PackageGoneError, UnknownPackageError, cached
 from kata_lab.image.boot_root import CONFIGURATION, INIT, boot_root
 from kata_lab.image.description import Description, did_you_mean, find_description, load_description
@@ -119,6 +120,7 @@ def build_image(description: Description, options: BuildOptions) -> Image:
             for package, file in zip(lock.packages, inputs.files, strict=True):
                 tree.install(file, package.name)
                 bar.advance(1, package.name)
+            add_absent_libraries(tree, description)
             _add_kernel_modules(tree, inputs.kernel, inputs.modules)
             _add_own(tree, description, inputs.kernel, inputs.modules)
             bar.advance(1, "root")

@@ -88,6 +88,7 @@ class Description:
     command_line: str
     packages: tuple[str, ...]
     excluded_packages: tuple[str, ...]
+    excluded_libraries: tuple[str, ...]
     excluded_paths: tuple[str, ...]
     files: tuple[FileSpec, ...]
     links: tuple[tuple[str, tuple[str, ...]], ...]
@@ -201,6 +202,7 @@ def parse_description(data: Any, origin: str = "image description") -> Descripti
         command_line=kernel.get("command_line", APPEND),
         packages=tuple(data["packages"]),
         excluded_packages=tuple(exclude.get("packages", ())),
+        excluded_libraries=tuple(exclude.get("libraries", ())),
         excluded_paths=tuple(exclude.get("paths", ())),
         files=tuple(_file(path, each) for path, each in data.get("files", {}).items()),
         links=tuple((path, tuple(names)) for path, names in data.get("links", {}).items()),

@@ -155,3 +155,11 @@ def test_the_prompt_is_back_after_the_shell_was_closed(toolbox: Boot) -> None:
 
         with GuestShell(vm) as again:
             assert again.run("echo again").output == "again\n"
+
+
+def test_a_program_that_calls_an_absent_library_ends_by_a_signal(shell: GuestShell) -> None:
+    verified = "fio --name=verified --rw=randwrite --bs=4k --size=256k --verify=crc32c --filename=/tmp/verified"
+    remote = "fio --name=remote --ioengine=rbd --rw=read --size=1m --pool=none --rbdname=none"
+
+    assert shell.run(verified, check=True).status == 0
+    assert shell.run(remote).status == 128 + 4
