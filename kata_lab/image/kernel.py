@@ -137,7 +137,9 @@ def dependency_file(modules: list[Module]) -> bytes:
         needed: list[str] = []
         for name in module.depends:
             needed += [by_name[name].path, *_all_needed(by_name, name)]
-        lines.append(f"{module.path}:{''.join(f' {path}' for path in dict.fromkeys(needed))}\n")
+        # What two others need comes after both: who loads from the end begins with it.
+        once = reversed(dict.fromkeys(reversed(needed)))
+        lines.append(f"{module.path}:{''.join(f' {path}' for path in once)}\n")
     return "".join(lines).encode()
 
 
