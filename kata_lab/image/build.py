@@ -26,6 +26,7 @@ from kata_lab.image.absent import add_absent_libraries
 from kata_lab.image.apt import Archive, Package, PackageGoneError, UnknownPackageError, cached
 from kata_lab.image.boot_root import CONFIGURATION, INIT, boot_root
 from kata_lab.image.description import Description, did_you_mean, find_description, load_description
+from kata_lab.image.guest_files import agent_files, init_program
 from kata_lab.image.kernel import (
     FINIT_MODULE,
     KernelPackage,
@@ -47,7 +48,6 @@ SERVICES_MARKER = "kata-lab: services are up"
 """The line that a guest prints once every service of its description has been started."""
 
 _FORMAT = 1
-_GUEST = Path(__file__).parents[1] / "guest"
 _SYSTEMD = "usr/lib/systemd/systemd"
 _DIRECTORIES = ("dev", "proc", "sys", "run", "etc", "var", "mnt", "usr/lib/kata-lab")
 _MADE_AT_BOOT = ("/dev/", "/proc/", "/sys/", "/run/")
@@ -246,7 +246,9 @@ def _modules(description: Description, kernel: KernelPackage) -> _Modules:
 
 def _recipe(description: Description, lock: Lock) -> str:
     """Everything that decides the bytes of an image, hashed."""
-    parts = [str(_FORMAT).encode(), description.sha256.encode(), lock.encode(), (_GUEST / "init.py").read_bytes()]
+    parts = [str(_FORMAT).encode(), description.sha256.encode(), lock.encode(), init_program()]
+    if description.agent:
+        parts += agent_files().values()
     return hashlib.sha256(b"\0".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
 
 
@@ -325,7 +327,10 @@ def _add_init(tree: RootTree, description: Description, modules: list[str]) -> N
         ],
     }
     tree.file(CONFIGURATION, json.dumps(configuration, indent=1).encode() + b"\n")
-    tree.file(INIT, (_GUEST / "init.py").read_bytes(), 0o755)
+    tree.file(INIT, init_program(), 0o755)
+    if description.agent:
+        for path, content in agent_files().items():
+            tree.file(path, content)
     tree.symlink("init", f"/{INIT}")
     tree.symlink("usr/sbin/init", f"/{INIT}")
 
@@ -395,7 +400,6 @@ def _publish(
         return library.add(manifest, {KERNEL: kernel, root_file("initramfs"): tree.chunks()})
     from kata_lab.image.disk import make_root
 
-    init = (_GUEST / "init.py").read_bytes()
-    boot = boot_root(tree, description, inputs.kernel, init).chunks()
+    boot = boot_root(tree, description, inputs.kernel, init_program()).chunks()
     with make_root(tree, description.format, recipe, progress) as file:
         return library.add(manifest, {KERNEL: kernel, BOOT: boot, root_file(description.format): file})

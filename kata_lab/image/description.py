@@ -94,6 +94,7 @@ class Description:
     links: tuple[tuple[str, tuple[str, ...]], ...]
     users: tuple[User, ...]
     init: Literal["kata-lab", "systemd"]
+    agent: bool
     services: tuple[Service, ...]
     format: Format
     writable: tuple[str, ...]
@@ -208,6 +209,7 @@ def parse_description(data: Any, origin: str = "image description") -> Descripti
         links=tuple((path, tuple(names)) for path, names in data.get("links", {}).items()),
         users=tuple(_user(each) for each in data.get("users", ())),
         init=data.get("init", "kata-lab"),
+        agent=data.get("agent", False),
         services=tuple(services),
         format=kind,
         writable=tuple(root.get("writable", () if kind == "initramfs" else ("/etc", "/var"))),
