@@ -525,3 +525,29 @@ def test_state_of_another_kind_of_device_is_refused(driver: Driver) -> None:
         pytest.raises(QueueError, match="with 2 queues cannot be put into"),
     ):
         other.slot.restore(state)
+
+
+def test_resets_while_another_vcpu_notifies_harm_nothing(driver: Driver) -> None:
+    driver.start()
+    stop = threading.Event()
+
+    def notify() -> None:
+        while not stop.is_set():
+            driver.notify(0)
+            driver.config(0, 4)
+            driver.acknowledge()
+
+    thread = threading.Thread(target=notify)
+    thread.start()
+    try:
+        for _ in range(100):
+            driver.start(size=8)
+            for _ in range(3):
+                driver.add(0, [b"x"], [4])
+    finally:
+        stop.set()
+        thread.join()
+
+    driver.notify(0)
+    assert len(driver.collect(0)) == 3
+    assert not driver.needs_reset
