@@ -128,6 +128,7 @@ class GuestShell:
         self._received = bytearray()
         self._marked = threading.Event()
         self._running = threading.Lock()
+        self._listening = True
         self._broken = ""
         try:
             if PROMPT.search(vm.console.text) is None:
@@ -160,12 +161,16 @@ class GuestShell:
             if self._broken:
                 raise ShellError(self._broken)
             token = secrets.token_hex(8).encode()
-            del self._received[:]
-            self._type(_lines(command) + b"!" + token + b"\n", command)
-            end = self._await_mark(_end_mark(token), timeout, command)
-            if end is None:
-                raise self._interrupt(command, timeout, token)
-            result = ShellResult(end.status, self._output(token, end.start))
+            self._listening = True
+            try:
+                self._type(_lines(command) + b"!" + token + b"\n", command)
+                end = self._await_mark(_end_mark(token), timeout, command)
+                if end is None:
+                    raise self._interrupt(command, timeout, token)
+                result = ShellResult(end.status, self._output(token, end.start))
+            finally:
+                self._listening = False
+                self._received.clear()
         if check and result.status != 0:
             tail = _tail(result.output)
             said = f" and said {tail!r}" if tail else ""
@@ -199,6 +204,8 @@ class GuestShell:
 
     def _collect(self, data: bytes) -> None:
         """On a vCPU's thread."""
+        if not self._listening:
+            return
         self._received += data
         if _RS in data:
             self._marked.set()
