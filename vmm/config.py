@@ -186,6 +186,10 @@ class VsockConfig(DeviceConfig):
 class FsConfig(DeviceConfig):
     """A host directory that the guest mounts (virtio-fs): ``mount -t virtiofs <tag> <where>``.
 
+    A VMM that is root makes files in the name of the guest's users, set-user-id programs and device nodes too: a share
+    that it may write belongs into a directory that only root can enter. Any other VMM makes all files its own, and the
+    guest sees what belongs to the VMM's user as root's.
+
     Attributes:
         path: the directory.
         tag: what the guest calls it, 1 to 36 bytes of UTF-8.

@@ -43,6 +43,7 @@ _PRIORITY_QUEUE: Final = 128
 _REQUEST_QUEUE: Final = 512
 _WORKERS: Final = 2
 _WAITERS_SHARE: Final = 8  #: of the queue may be taken by buffers that wait for a lock
+_LAST_OPCODE: Final = max(Opcode)
 _FIRST_RETRY: Final = 0.001  # seconds
 _LAST_RETRY: Final = 0.05
 _MAY_FREE_LOCKS: Final = frozenset({Opcode.SETLK, Opcode.SETLKW, Opcode.FLUSH, Opcode.RELEASE, Opcode.FORGET})
@@ -88,7 +89,7 @@ class FsDevice(VirtioDevice):
         self._waiters: dict[int, _Waiter] = {}  # by the request's unique number
         self._timer: asyncio.TimerHandle | None = None
         self._retry_seconds = _FIRST_RETRY
-        #: Requests so far, by opcode.
+        #: Requests so far, by opcode; 0 counts those of unheard-of ones.
         self.requests: Counter[int] = Counter()
 
     @property
@@ -113,7 +114,7 @@ class FsDevice(VirtioDevice):
         length, opcode, unique, node, uid, gid, _, _ = IN_HEADER.unpack(data)
         if queue.tracing:
             chain.detail = f"{_name(opcode)} node {node}"
-        self.requests[opcode] += 1
+        self.requests[opcode if opcode <= _LAST_OPCODE else 0] += 1
         if opcode not in UNANSWERED and chain.writable_bytes < RESULTS:
             raise QueueError(
                 f"a request of {self.name} has room for an answer of {chain.writable_bytes} bytes, fewer than the"

@@ -316,6 +316,17 @@ def test_forgetting_more_than_was_looked_up_is_no_credit(client: Client) -> None
         client.getattr(again)
 
 
+def test_magic_links_are_links_like_others() -> None:
+    with mounted(Path("/proc/self"), read_only=True) as client:
+        for name in (b"exe", b"cwd", b"root"):
+            node = client.lookup(name).node
+            assert client.readlink(node) == os.fsencode(os.readlink(b"/proc/self/" + name))
+            with refused(errno.ELOOP):
+                client.open(node)
+            with refused(errno.ENOTDIR):
+                client.lookup(b"etc", node)
+
+
 def test_open_files_are_bounded(around: Surroundings) -> None:
     with mounted(around.share, descriptors=64) as client:
         node = client.lookup(b"file").node

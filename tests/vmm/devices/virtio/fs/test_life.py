@@ -176,6 +176,18 @@ def test_a_read_only_share_cannot_be_changed(share: Path) -> None:
     assert (share / "file").read_bytes() == b"content"
 
 
+def test_files_of_other_mounts_in_a_share_have_numbers_of_their_own() -> None:
+    assert os.stat("/proc").st_dev != os.stat("/").st_dev
+    with mounted(Path("/"), read_only=True) as client:
+        proc = client.lookup(b"proc")
+        root = client.getattr(fuse.ROOT)
+        handle = client.opendir(proc.node)
+        version = {name: fields["ino"] for fields, name in client.readdir(handle, 0, 1 << 16)}[b"version"]
+        assert root["ino"] == os.stat("/").st_ino
+        assert proc.attributes["ino"] == os.stat("/proc").st_ino | 1 << 48
+        assert version == client.lookup(b"version", proc.node).attributes["ino"]
+
+
 # Few descriptors, many files.
 
 
