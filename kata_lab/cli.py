@@ -120,6 +120,7 @@ def build_parser() -> argparse.ArgumentParser:
         ("boot", "from exec to the first line of userland; idle cost; memory"),
         ("compute", "loops on one hart, and on two"),
         ("image", "the lifsea image against the debian image: packages, size, boot to services"),
+        ("io", "disk, network, shared directory and sockets of a guest"),
     ):
         each = kinds.add_parser(kind, help=told, allow_abbrev=False)
         each.add_argument("--json", action="store_true", help="print plain data")
@@ -129,6 +130,8 @@ def build_parser() -> argparse.ArgumentParser:
             each.add_argument("--idle", type=_seconds, default=10.0, metavar="S", help="seconds of idling (default 10)")
         elif kind == "compute":
             each.add_argument("--size", type=_factor, default=1.0, metavar="X", help="length of the loops (default 1)")
+        elif kind == "io":
+            each.add_argument("--seconds", type=_seconds, default=3.0, metavar="S", help="of each load (default 3)")
         each.set_defaults(run=_bench)
     return parser
 
@@ -199,8 +202,10 @@ def _boot(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    from kata_lab.bench.command import run_boot, run_compute, run_image
+    from kata_lab.bench.command import run_boot, run_compute, run_image, run_io
 
+    if options.kind == "io":
+        return run_io(options.runs, options.json, options.seconds)
     if options.kind == "image":
         return run_image(options.runs, options.json)
     if options.kind == "boot":

@@ -330,7 +330,7 @@ def boot_image(
         raise ShellError(
             f"files cannot be added to the image {built.name!r}, whose root is on a disk: share a directory"
         )
-    with _initrd(source.initrd, files or {}) as initrd:
+    with initrd_with(source.initrd, files or {}) as initrd:
         config = VmConfig.from_dict(
             {
                 "memory_mib": 512,
@@ -351,7 +351,7 @@ def boot_image(
 
 
 @contextlib.contextmanager
-def _initrd(root: Path, files: Mapping[str, bytes]) -> Iterator[Path]:
+def initrd_with(root: Path, files: Mapping[str, bytes]) -> Iterator[Path]:
     """The initramfs with more files: the kernel unpacks archives that follow one another."""
     if not files:
         yield root

@@ -10,6 +10,7 @@ from typing import Any
 from kata_lab.bench.boot import BootFigures, measure_boot
 from kata_lab.bench.compute import ComputeFigures, measure_compute
 from kata_lab.bench.image import ImageFigures, measure_images
+from kata_lab.bench.io import IoFigures, measure_io
 
 _DIGITS = 4
 
@@ -32,6 +33,13 @@ def run_image(runs: int, as_json: bool) -> int:
     """``kata-lab bench image``; the exit status."""
     figures = measure_images(runs)
     print(_json(figures) if as_json else image_table(figures))
+    return 0
+
+
+def run_io(runs: int, as_json: bool, seconds: float) -> int:
+    """``kata-lab bench io``; the exit status."""
+    figures = measure_io(runs, seconds)
+    print(_json(figures) if as_json else io_table(figures))
     return 0
 
 
@@ -88,6 +96,34 @@ def image_table(figures: ImageFigures) -> str:
     return _table(rows, figures.runs, figures.versions)
 
 
+def io_table(figures: IoFigures) -> str:
+    """For a person."""
+    rows = [("", "ours", "qemu", "ratio")]
+    for name, ours in figures.ours.items():
+        theirs = figures.qemu.get(name)
+        told = (f"{theirs:.0f}", f"{figures.ratio[name]:.2f}") if theirs is not None else ("", "")
+        rows.append((_IO_NAMES.get(name, name), f"{ours:.0f}", *told))
+    width = max(len(row[0]) for row in rows)
+    lines = [f"{name:{width}}  {ours:>8}  {theirs:>8}  {ratio:>6}".rstrip() for name, ours, theirs, ratio in rows]
+    lines += [f"{_IO_NAMES[name]}: {limit}" for name, limit in figures.limits.items()]
+    lines.append(_medians(figures.runs, figures.versions))
+    return "\n".join(lines)
+
+
+_IO_NAMES = {
+    "seq_read_mb_s": "disk, sequential read, MB/s",
+    "seq_write_mb_s": "disk, sequential write, MB/s",
+    "rand_read_iops": "disk, random 4 KiB reads, per s",
+    "rand_write_iops": "disk, random 4 KiB writes, per s",
+    "net_to_host_mb_s": "network, guest to host, MB/s",
+    "net_to_guest_mb_s": "network, host to guest, MB/s",
+    "fs_read_mb_s": "shared directory, read, MB/s",
+    "fs_write_mb_s": "shared directory, write, MB/s",
+    "vsock_to_guest_mb_s": "vsock, host to guest, MB/s",
+    "vsock_to_host_mb_s": "vsock, guest to host, MB/s",
+}
+
+
 def _mib(count: int) -> str:
     return f"{count / (1 << 20):.0f}"
 
@@ -95,15 +131,19 @@ def _mib(count: int) -> str:
 def _table(rows: list[tuple[str, str, str]], runs: int, versions: dict[str, str]) -> str:
     width = max(len(row[0]) for row in rows)
     lines = [f"{name:{width}}  {ours:>8}  {theirs:>8}".rstrip() for name, ours, theirs in rows]
-    lines.append(f"medians of {runs} run{'s' if runs > 1 else ''} in turns; " + ", ".join(_told(versions)))
+    lines.append(_medians(runs, versions))
     return "\n".join(lines)
+
+
+def _medians(runs: int, versions: dict[str, str]) -> str:
+    return f"medians of {runs} run{'s' if runs > 1 else ''} in turns; " + ", ".join(_told(versions))
 
 
 def _told(versions: dict[str, str]) -> list[str]:
     return [f"{name} {version}" for name, version in versions.items()]
 
 
-def _json(figures: BootFigures | ComputeFigures | ImageFigures) -> str:
+def _json(figures: BootFigures | ComputeFigures | ImageFigures | IoFigures) -> str:
     return json.dumps(_rounded(asdict(figures)), indent=1)
 
 
