@@ -154,7 +154,7 @@ def test_a_shell_runs_at_the_console(guest: Guest) -> None:
 
 def test_the_console_knows_its_window(guest: Guest) -> None:
     _, shell = guest
-    # Kernels differ in the order in which they read the two.
+    # Older kernels read the two in the other order.
     assert sorted(shell.run("stty size < /dev/hvc0").output.split()) == ["100", "30"]
 
     ports_of(guest).resize(120, 40)

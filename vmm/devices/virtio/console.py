@@ -24,7 +24,7 @@ dropped. What a client sends before a program has opened the port waits in the s
 Linux spins with a lock held until its buffer is back: it never waits, and of what no client has taken the last 64 KiB
 are kept for the one that comes.
 
-RESIZE holds columns, then rows, as the specification has it; most kernels of Linux read them in the other order.
+RESIZE holds columns, then rows, as the specification and Debian 13 have it; older kernels read them the other way.
 
 Left out: VIRTIO_CONSOLE_F_EMERG_WRITE, and adding and removing ports of a running device.
 """
