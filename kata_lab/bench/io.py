@@ -3,8 +3,8 @@
 Both guests are the toolbox image with the same kernel, memory and one hart, and carry out the same commands: fio on a
 raw disk (virtio-blk, 4 KiB blocks for random and 1 MiB for sequential requests, past the guest's page cache), and
 iperf3 with a server on the host over a user-mode network (virtio-net; ours through passt, QEMU's through its built-in
-slirp). Shared directories (virtio-fs) and vsock are ours alone: QEMU's need a daemon of their own and a kernel module of
-the host. What the guest reads from files is in the host's page cache. Bytes count as 10⁶ to the MB.
+slirp). Shared directories (virtio-fs) and vsock are ours alone: QEMU's need a daemon of their own and a module of
+the host's kernel. What the guest reads from files is in the host's page cache. Bytes count as 10⁶ to the MB.
 
 Where a figure is below its goal, ``limits`` says what was busy meanwhile: the guest's hart, by the instructions that it
 retired for each KiB, or the host.
