@@ -232,7 +232,7 @@ def test_two_vms_joined_by_a_socket_exchange_data(toolbox: Boot, tmp_path: Path)
                 check=True,
             )
         one.run("ping -c 1 -w 20 10.9.0.2 && ping -c 1 -s 50000 -w 20 fd09::2", check=True)
-        one.run("cat /usr/bin/* | head -c 20000000 >/tmp/data")
+        one.run("cat /usr/bin/* | head -c 8000000 >/tmp/data")
         other.run("sleep 100 | nc -l -p 8000 >/tmp/data &")  # who sends nothing and goes on listening
         until(lambda: other.run("netstat -ltn | grep -q :8000").status == 0)
         one.run("nc 10.9.0.2 8000 </tmp/data", check=True)

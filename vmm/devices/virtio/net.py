@@ -115,6 +115,8 @@ class NetworkDevice(VirtioDevice):
         self._announce = False
         self._restored: Mapping[str, Any] | None = None
         self._control = self._new_control()
+        self._control_index = 2
+        self._merges = False
         self._link_seen = self.port.up
         self._paused = self._closed = False
         self._starved = False  # frames wait for buffers of the guest
@@ -195,6 +197,18 @@ class NetworkDevice(VirtioDevice):
                 self._timer.cancel()
             self.port.close()
 
+    def notified(self, index: int) -> None:
+        # While the loop is busy with frames for the guest, a vCPU does not wait for it: the loop goes on with this.
+        if not self.active or index == self._control_index:
+            super().notified(index)
+        elif self.lock.acquire(blocking=False):
+            try:
+                super().notified(index)
+            finally:
+                self.lock.release()
+        else:
+            self._call(self._continue)
+
     def notify(self, queue: Queue, index: int) -> None:
         if index == self._control_index:
             self._obey(queue)
@@ -268,6 +282,8 @@ class NetworkDevice(VirtioDevice):
                     break
                 chains.append(chain)
                 frame = self._outgoing(chain)
+                if queue.tracing:
+                    chain.detail = f"a frame of {frame.length} bytes sent" if frame is not None else "a frame dropped"
                 if frame is None or not port.up:
                     statistics.sent_dropped += 1
                 else:
@@ -375,6 +391,10 @@ class NetworkDevice(VirtioDevice):
                     position = stop
                     if stop == end:
                         break
+                if queue.tracing:
+                    chain.detail = (
+                        f"bytes {chain_begin - begin} to {position - begin} of a frame received, with its header"
+                    )
                 queue.push(chain, position - chain_begin)
             statistics.received_frames += 1
             statistics.received_bytes += end - destination
