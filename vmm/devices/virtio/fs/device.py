@@ -3,10 +3,10 @@
 Queue 0 is for what must not wait (FORGET, INTERRUPT), the others are for requests. A buffer's readable part is a FUSE
 request, its writable part takes the answer (5.11.6); one without an answer is given back empty.
 
-Most requests are served at once, on the thread of the vCPU that notified. What waits for the host's disk goes to a
-worker. A lock that is taken is tried again: when the guest gives one up, and by a timer, since a process of the host
-may give one up. INTERRUPT ends such waiting, and so does a pause (both with EINTR), so that a paused device holds no
-buffer.
+Most requests are served at once, on the thread of the vCPU that notified, reads included. What is known to wait for the
+host's disk (fsync, reserving and copying much) goes to a worker. A lock that is taken is tried again: when the guest
+gives one up, and by a timer, since a process of the host may give one up. INTERRUPT ends such waiting, and so does a
+pause (both with EINTR), so that a paused device holds no buffer.
 
 A buffer that has no room for a request's or an answer's header is a mistake, for which the device asks for a reset;
 everything else that is wrong with a request is an errno in its answer.
@@ -178,8 +178,7 @@ class FsDevice(VirtioDevice):
         pending = self._slow.pop(future, None)
         if pending is not None:
             queue, chain, unique = pending
-            queue.push(chain, self._reply(chain, unique, future.result()))
-            queue.signal()
+            self._answer(queue, chain, unique, future.result())
 
     def _wait(self, queue: Queue, chain: Chain, unique: int, waiting: Waiting) -> None:
         # Whoever waits holds a buffer of several descriptors; with all of them held nobody could give a lock up.
@@ -211,8 +210,13 @@ class FsDevice(VirtioDevice):
 
     def _release(self, unique: int, answer: bytes | int) -> None:
         waiter = self._waiters.pop(unique)
-        waiter.queue.push(waiter.chain, self._reply(waiter.chain, unique, answer))
-        waiter.queue.signal()
+        self._answer(waiter.queue, waiter.chain, unique, answer)
+
+    def _answer(self, queue: Queue, chain: Chain, unique: int, answer: bytes | int) -> None:
+        # A queue that the driver took away meanwhile leaves its buffers to the driver.
+        if queue.held.get(chain.head) == chain.serial:
+            queue.push(chain, self._reply(chain, unique, answer))
+            queue.signal()
 
     def _interrupt(self, request: Request) -> Answer:
         (unique,) = INTERRUPT_IN.unpack(request.data, ARGUMENTS)

@@ -220,9 +220,12 @@ def crowd(share: Path) -> Iterator[tuple[Path, list[tuple[str, int]], Client]]:
 
 def test_five_thousand_files_need_few_descriptors(way: str, crowd: tuple[Path, list[tuple[str, int]], Client]) -> None:
     share, known, client = crowd
+    link, fifo = client.symlink(b"link", b"target").node, client.mknod(b"fifo", 0o10600).node
     assert open_descriptors() < 200
     for path, node in known:
         assert client.getattr(node)["ino"] == os.stat(share / path).st_ino
+    assert client.readlink(link) == b"target"
+    assert client.setattr(fifo, SetAttr.MODE, mode=0o640)["mode"] == 0o10640
     path, node = known[17]
     assert client.read(client.open(node), 0, 100) == path.encode()
     assert open_descriptors() < 200
@@ -327,6 +330,19 @@ def test_a_pause_ends_waiting_and_finishes_what_is_slow(share: Path) -> None:
         with client.device.lock:
             client.device.resume()
         client.getattr(node)
+
+
+def test_a_queue_that_the_driver_takes_away_keeps_its_buffers(share: Path) -> None:
+    with mounted(share, queues=2) as client:
+        node = client.lookup(b"file").node
+        one, other = client.open(node, os.O_RDWR), client.open(node, os.O_RDWR)
+        client.lock(Opcode.SETLK, one, 1, fcntl.F_WRLCK)
+        waiting = client.post(Opcode.SETLKW, 0, fuse.LK_IN.pack(other, 2, 0, TO_END, fcntl.F_WRLCK, 0, 0))
+        client.driver.memory.write(waiting.parts[0][0], bytes(16))
+        client.driver.set(0x30, REQUESTS)
+        client.driver.set(0x44, 0)  # QueueReady
+        client.call(Opcode.FLUSH, 0, fuse.FLUSH_IN.pack(one, 1), queue=2)
+        assert client.driver.memory.read(*waiting.parts[0]) == bytes(16)
 
 
 @pytest.mark.parametrize("cache", ["auto", "always"])
