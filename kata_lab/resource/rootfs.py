@@ -53,10 +53,12 @@ class LayeredRoot:
     Attributes:
         layers: read-only directories of the host, the lowest first.
         override_stat: owner and mode of their files are in an extended attribute.
+        options: with which the overlay must be mounted, besides its directories.
     """
 
     layers: Sequence[Path]
     override_stat: bool = False
+    options: Sequence[str] = ()
 
     async def attach(self, container_id: str, shares: Shares) -> Attached:
         """Make it available to the guest."""
@@ -65,7 +67,7 @@ class LayeredRoot:
         try:
             for layer in self.layers:
                 # By its place in the store, so that containers share what they have in common.
-                name = f"layer-{layer.name[:32]}"
+                name = f"layer-{layer.name[:16]}"
                 lower.append(await shares.share(name, layer, True, self.override_stat))
                 names.append(name)
         except BaseException:
@@ -77,9 +79,8 @@ class LayeredRoot:
             f"lowerdir={':'.join(reversed(lower))}",
             f"upperdir={own}/upper",
             f"workdir={own}/work",
+            *self.options,
         ]
-        if self.override_stat:
-            options.append("userxattr")
         overlay = {
             "driver": "overlayfs",
             "source": "overlay",

@@ -95,15 +95,17 @@ class Container:
             RuntimeFault: the container does not run, or has a process of that name.
             RpcError: the process cannot be started.
         """
-        from kata_lab.oci.spec import agent_process
+        from kata_lab.oci import agent_process, check_process
 
         self._require("entered", ContainerState.RUNNING)
+        described = dict(process)
+        check_process(described)
         name = exec_id or f"{self.id}-exec{next(self._exec_numbers)}"
         if name in self.execs or name == self.id:
             raise RuntimeFault(f"container {self.id} has a process {name!r} already; choose another name")
         started = self.execs[name] = Process(self._agent, self.id, name, bool(process.get("terminal", False)))
         try:
-            await self._agent.call("ExecProcess", container_id=self.id, exec_id=name, process=agent_process(process))
+            await self._agent.call("ExecProcess", container_id=self.id, exec_id=name, process=agent_process(described))
         except BaseException:
             del self.execs[name]
             raise
@@ -136,10 +138,12 @@ class Container:
 
     async def update(self, resources: Mapping[str, Any]) -> None:
         """Change its limits: the OCI configuration's ``linux.resources``."""
-        from kata_lab.oci.spec import agent_resources
+        from kata_lab.oci import agent_resources, check_resources
 
         self._require("updated", ContainerState.CREATED, ContainerState.RUNNING, ContainerState.PAUSED)
-        await self._agent.call("UpdateContainer", container_id=self.id, resources=agent_resources(resources))
+        described = dict(resources)
+        check_resources(described)
+        await self._agent.call("UpdateContainer", container_id=self.id, resources=agent_resources(described))
 
     async def stats(self) -> dict[str, Any]:
         """What it uses: the agent's ``StatsContainerResponse``."""
@@ -157,6 +161,12 @@ class Container:
                     await self._agent.call("ResumeContainer", container_id=self.id)
                 await self._agent.call("RemoveContainer", container_id=self.id, timeout=_REMOVE_TIMEOUT)
         finally:
+            await self._release()
+
+    async def abandon(self) -> None:
+        """Its sandbox is gone, and it with it: give back what the host holds for it."""
+        if not self._removed:
+            self._removed = True
             await self._release()
 
     def _require(self, what: str, *states: ContainerState) -> None:

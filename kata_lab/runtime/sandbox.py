@@ -271,7 +271,11 @@ class Sandbox:
     # Containers.
 
     async def create_container(
-        self, spec: Mapping[str, Any], rootfs: RootFs, container_id: str | None = None
+        self,
+        spec: Mapping[str, Any],
+        rootfs: RootFs,
+        container_id: str | None = None,
+        held: contextlib.AsyncExitStack | None = None,
     ) -> Container:
         """Create a container; its first process waits to be started.
 
@@ -280,14 +284,14 @@ class Sandbox:
                 host.
             rootfs: its root file system.
             container_id: its name; made up if None.
+            held: what the container needs for as long as it is there; taken over if it can be created.
 
         Raises:
             RuntimeFault: the sandbox does not run, or has a container of that name.
             SpecError: the configuration is refused.
             RpcError: the agent cannot create it; nothing is left behind.
         """
-        from kata_lab.oci.agent_message import agent_spec
-        from kata_lab.oci.spec import check_spec
+        from kata_lab.oci import agent_spec, check_spec
 
         name = check_name("the container's name", container_id or secrets.token_hex(6))
         check_spec(dict(spec))
@@ -307,6 +311,8 @@ class Sandbox:
                     OCI=agent_spec(guest_spec),
                     storages=attached.storages,
                 )
+                if held is not None:
+                    undo.push_async_callback(held.pop_all().aclose)
                 kept = undo.pop_all()
             container = Container(self.agent, name, spec, lambda: self._forget(name, kept))
             self.containers[name] = container
@@ -334,13 +340,13 @@ class Sandbox:
 
     async def _forget(self, name: str, kept: contextlib.AsyncExitStack) -> None:
         self.containers.pop(name, None)
+        await kept.aclose()
         if self._state is SandboxState.RUNNING:
-            await kept.aclose()
             await self._record()
 
     async def run(
         self,
-        args: Sequence[str] | None = None,
+        args: Sequence[str] = (),
         image: str | ImageHandle = "busybox",
         *,
         stdin: bytes = b"",
@@ -350,7 +356,7 @@ class Sandbox:
         """Run a container to its end and remove it.
 
         Args:
-            args: its command; that of the image if None.
+            args: its command; that of the image if there is none.
             image: an OCI image (:func:`kata_lab.oci.open_image`).
             stdin: its standard input.
             limit: bytes of each output that are allowed.
@@ -372,7 +378,7 @@ class Sandbox:
 
     async def new_container(
         self,
-        args: Sequence[str] | None = None,
+        args: Sequence[str] = (),
         image: str | ImageHandle = "busybox",
         *,
         container_id: str | None = None,
@@ -381,10 +387,15 @@ class Sandbox:
         """Create a container of an OCI image; see :meth:`run` for the arguments and errors."""
         from kata_lab.oci import make_spec, open_image
 
-        handle = await asyncio.to_thread(open_image, image) if isinstance(image, str) else image
-        spec = make_spec(handle, args, **wishes)
-        layers = await asyncio.to_thread(handle.layers)
-        return await self.create_container(spec, LayeredRoot(layers, override_stat=os.geteuid() != 0), container_id)
+        async with contextlib.AsyncExitStack() as held:
+            handle = image
+            if isinstance(handle, str):
+                handle = await asyncio.to_thread(open_image, handle)
+                # Its layers stay in the store for as long as the container is there.
+                held.callback(handle.close)
+            spec = await asyncio.to_thread(lambda: make_spec(handle, args, **wishes))
+            root = LayeredRoot(handle.layers(), handle.override_stat, handle.overlay_options)
+            return await self.create_container(spec, root, container_id, held)
 
     # What the root file systems need (resource.rootfs.Shares).
 
@@ -402,7 +413,8 @@ class Sandbox:
             self._shares[name] -= 1
             if not self._shares[name]:
                 del self._shares[name]
-                await self.hypervisor.remove_share(name)
+                if self._state is SandboxState.RUNNING:
+                    await self.hypervisor.remove_share(name)
 
     # Pause, and the end.
 
@@ -435,6 +447,8 @@ class Sandbox:
         if running and orderly and self._agent is not None and self._agent.lost is None:
             with contextlib.suppress(RpcError):
                 await self._agent.call("DestroySandbox", DESTROY_SECONDS)
+        for container in tuple(self.containers.values()):
+            await container.abandon()
         try:
             await self._undo.aclose()
         finally:
