@@ -113,6 +113,8 @@ system-test: system-demo
 	need passt 'is the network of guests' command -v passt
 	need iperf3 'measures the network of guests' command -v iperf3
 	need e2fsprogs 'makes and checks ext4 disk roots' env PATH="$$PATH:/usr/sbin:/sbin" sh -c 'command -v mke2fs e2fsck'
+	need skopeo 'reads, writes and copies images, a referee of ours' command -v skopeo
+	need umoci 'unpacks images, a referee of ours' command -v umoci
 	install_needed
 
 $(VENV)/.made: | system-demo

@@ -48,7 +48,7 @@ class Attributes:
         uid, gid: owner and group.
         device: of a device node, as in ``st_rdev``.
         xattrs: other extended attributes.
-        mtime_ns: time of the last change, nanoseconds since 1970.
+        mtime_ns: time of the last change, nanoseconds since 1970; None leaves it as it is.
     """
 
     mode: int
@@ -56,7 +56,7 @@ class Attributes:
     gid: int = 0
     device: int = 0
     xattrs: Mapping[str, bytes] = field(default_factory=dict)
-    mtime_ns: int = 0
+    mtime_ns: int | None = None
 
     @property
     def override(self) -> bytes:
@@ -104,7 +104,7 @@ def write_attributes(path: Path, attributes: Attributes, mapped: bool) -> None:
     for name, value in attributes.xattrs.items():
         if name.startswith("user.") or not mapped:
             set_xattr(path, name, value)
-    if attributes.mtime_ns:
+    if attributes.mtime_ns is not None:
         os.utime(path, ns=(attributes.mtime_ns, attributes.mtime_ns), follow_symlinks=False)
 
 

@@ -224,7 +224,10 @@ class VerifiedReader(io.RawIOBase):
 
     def readinto(self, buffer: WriteableBuffer) -> int:
         room = memoryview(buffer).cast("B")
-        data = self._file.read(len(room))
+        try:
+            data = self._file.read(len(room))
+        except OSError as error:
+            raise self._wrong(f"cannot be read ({error.strerror})") from error
         self._size += len(data)
         if self._size > self._descriptor.size:
             raise self._wrong(f"has more than the {self._descriptor.size} bytes that it must have")
@@ -268,8 +271,6 @@ def opened_blob(source: BlobSource, descriptor: Descriptor) -> Iterator[Verified
     try:
         yield reader
         reader.check()
-    except OSError as error:
-        raise OciError(f"the blob {descriptor.digest} in {source.origin} cannot be read ({error})") from error
     finally:
         reader.close()
 

@@ -10,8 +10,8 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Sequence
-from typing import BinaryIO, Final
+from collections.abc import Mapping, Sequence
+from typing import Any, BinaryIO, Final
 
 from kata_lab.oci.blobs import DOCKER_FILE, INDEX_FILE, LAYOUT_FILE, ArchiveSource, read_named
 from kata_lab.oci.descriptor import (
@@ -19,6 +19,7 @@ from kata_lab.oci.descriptor import (
     INDEX_TYPE,
     LAYER_TYPE,
     MANIFEST_TYPE,
+    NAME_ANNOTATION,
     Descriptor,
     Manifest,
     OciError,
@@ -61,10 +62,11 @@ class DockerSource:
                 f"{self.origin} has {len(chosen)} images{f' with the tag {tag!r}' if tag else ''}: "
                 f"choose one of its tags, {', '.join(tags) or 'of which it has none'}"
             )
-        self._make(chosen[0])
+        names = chosen[0].get("RepoTags") or ()
+        self._make(chosen[0], {NAME_ANNOTATION: names[0]} if names else {})
 
-    def _make(self, image: dict[str, object]) -> None:
-        name = str(image["Config"])
+    def _make(self, image: Mapping[str, Any], annotations: Mapping[str, str]) -> None:
+        name = image["Config"]
         data = read_named(self._archive, name)
         if data is None:
             raise OciError(f"{self.origin} has no {name!r}, which its {DOCKER_FILE} names")
@@ -74,12 +76,12 @@ class DockerSource:
             raise OciError(f"{name} in {self.origin} has the digest {config.digest}, so it was changed or damaged")
         parsed = parse_config(data, f"{name} in {self.origin}")
         names = image["Layers"] or []
-        if not isinstance(names, list) or len(names) != len(parsed.diff_ids):
+        if len(names) != len(parsed.diff_ids):
             raise OciError(f"{self.origin} does not have as many layers as its configuration {name} names")
         self._made[str(blob_path(config.digest))] = data
         layers = tuple(self._layer(*each) for each in zip(names, parsed.diff_ids, strict=True))
         manifest = json.dumps(Manifest(config, layers).plain(), sort_keys=True).encode()
-        descriptor = Descriptor(MANIFEST_TYPE, sha256_digest(manifest), len(manifest))
+        descriptor = Descriptor(MANIFEST_TYPE, sha256_digest(manifest), len(manifest), annotations)
         self._made[str(blob_path(descriptor.digest))] = manifest
         index = {"schemaVersion": 2, "mediaType": INDEX_TYPE, "manifests": [descriptor.plain()]}
         self._made[INDEX_FILE] = json.dumps(index).encode()

@@ -284,6 +284,8 @@ def _chosen(source: BlobSource, parsed: Reference, reference: str, architecture:
         found = [each for each in entries if parsed.place in (each.digest, each.annotations.get(NAME_ANNOTATION))]
         if not found:
             raise _unknown(reference, [each.annotations.get(NAME_ANNOTATION, "") for each in entries])
+    elif isinstance(source, DockerSource):
+        found = list(entries)  # of which the tag chose one
     else:
         found = _tagged(entries, parsed.tag, source.origin)
     return _for_architecture(source, found, reference, architecture)

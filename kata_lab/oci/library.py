@@ -74,7 +74,7 @@ def import_image(
 
     Args:
         reference: see open_image().
-        name: in the store; None takes the reference's tag, or its file's name.
+        name: in the store; None takes the tag that it has, else its file's name.
         architecture: which of several.
         limits: how much one layer may be.
 
@@ -84,7 +84,7 @@ def import_image(
     """
     with open_image(reference, architecture, limits) as handle:
         handle.layers()  # an image that cannot be unpacked does not come in
-        chosen = full_name(name or _name_of(reference))
+        chosen = full_name(name or _name_of(reference, handle.descriptor))
         with writing() as writer:
             for layer in handle.manifest.layers:
                 _copy(handle, layer, writer)
@@ -141,11 +141,15 @@ def _copy(handle: ImageHandle, descriptor: Descriptor, writer: ImageWriter) -> N
             raise OciError(f"the blob {descriptor.digest} cannot be stored: its digest must be a sha256")
 
 
-def _name_of(reference: str) -> str:
+def _name_of(reference: str, descriptor: Descriptor) -> str:
     parsed = parse_reference(reference)
     if parsed.transport == "store":
         raise OciError(f"{reference!r} is in the local store already: import an archive or a layout")
-    name = parsed.tag or Path(parsed.place).resolve().name.split(".")[0].lower()
+    name = (
+        parsed.tag
+        or descriptor.annotations.get(NAME_ANNOTATION)
+        or Path(parsed.place).resolve().name.split(".")[0].lower()
+    )
     try:
         return full_name(name)
     except OciError as error:

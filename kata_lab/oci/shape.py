@@ -35,7 +35,7 @@ def shown(value: Any) -> str:
     """A value as JSON, cut short when it is long."""
     if isinstance(value, str) and len(value) > _SHOWN:
         return f"{json.dumps(value[:_SHOWN])}… ({len(value)} characters)"
-    if isinstance(value, int) and not isinstance(value, bool) and abs(value) > UINT64:
+    if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > 80:
         return f"a number of {value.bit_length()} bits"
     if isinstance(value, (dict, list)):
         return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value)}"
