@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from kata_lab.agent.client import RPC_PORT, AgentClient
 from kata_lab.hypervisor.base import Hypervisor, HypervisorConfig
+from kata_lab.resource.network import GuestNetwork, network_behind_passt
 from kata_lab.resource.rootfs import SCRATCH, SHARED, DirectoryRoot, LayeredRoot, RootFs
 from kata_lab.resource.scratch import SERIAL, make_scratch
 from kata_lab.runtime.container import Container, ContainerState
@@ -37,6 +38,8 @@ CONNECT_AGENT_SECONDS: Final = 60.0  #: from the VM's start; a guest on a slow o
 HEALTH_SECONDS: Final = 5.0  #: between two checks, each of which may take as long
 DESTROY_SECONDS: Final = 5.0  #: that the agent may take to end its sandbox before the plug is pulled
 MAX_SOCKET_PATH: Final = 107
+NAMES: Final = "/run/kata-containers/sandbox"  #: where the guest keeps hosts, hostname and resolv.conf
+_BOUND: Final = {"options": ["bind", "rprivate"]}
 ROOTFS_KINDS: Final = ("split", "fs")
 
 
@@ -217,7 +220,14 @@ class Sandbox:
         )
         self._undo.push_async_callback(self._agent.close)
         self.mark("agent answers")
-        await self._agent.call("CreateSandbox", CONNECT_AGENT_SECONDS, **self._agent_sandbox())
+        network = network_behind_passt() if self._behind_passt else None
+        await self._agent.call("CreateSandbox", CONNECT_AGENT_SECONDS, **self._agent_sandbox(network))
+        now = time.time_ns()
+        await self._agent.call("SetGuestDateTime", Sec=now // 10**9, Usec=now // 1000 % 10**6)
+        await self._write_names(self._agent, network)
+        if network is not None:
+            await self._agent.call("UpdateInterface", interface=network.interface("eth0"))
+            await self._agent.call("UpdateRoutes", routes={"Routes": network.routes("eth0")})
         self.mark("sandbox ready")
         self._state = SandboxState.RUNNING
         await self._record()
@@ -252,9 +262,27 @@ class Sandbox:
             trace=self.config.trace,
         )
 
-    def _agent_sandbox(self) -> dict[str, Any]:
+    @property
+    def _behind_passt(self) -> bool:
+        return self.config.network is not None and self.config.network.backend == "passt"
+
+    @property
+    def hostname(self) -> str:
+        """The guest's, and by default that of its containers."""
+        return self.config.hostname or self.id
+
+    async def _write_names(self, agent: AgentClient, network: GuestNetwork | None) -> None:
+        """The files that containers see in place of their images': hosts(5) and hostname(5)."""
+        address = network.address if network is not None else "127.0.1.1"
+        hosts = f"127.0.0.1 localhost\n::1 localhost ip6-localhost ip6-loopback\n{address} {self.hostname}\n"
+        for name, text in (("hosts", hosts), ("hostname", f"{self.hostname}\n")):
+            data = text.encode()
+            await agent.call("CopyFile", path=f"{NAMES}/{name}", file_size=len(data), file_mode=0o644, data=data)
+
+    def _agent_sandbox(self, network: GuestNetwork | None) -> dict[str, Any]:
         return {
-            "hostname": self.config.hostname or self.id,
+            "hostname": self.hostname,
+            "dns": network.resolver if network is not None else [],
             "sandbox_id": self.id,
             "storages": [
                 {"driver": "virtio-fs", "source": "kataShared", "fstype": "virtiofs", "mount_point": SHARED},
@@ -336,6 +364,10 @@ class Sandbox:
                 mounts.append({**mount, "source": inside})
             else:
                 mounts.append(mount)
+        taken = {mount["destination"] for mount in mounts}
+        for file in ("hosts", "hostname", "resolv.conf"):
+            if f"/etc/{file}" not in taken:
+                mounts.append({"destination": f"/etc/{file}", "type": "bind", "source": f"{NAMES}/{file}", **_BOUND})
         return {**spec, "mounts": mounts, "root": {**spec.get("root", {}), "path": root}}
 
     async def _forget(self, name: str, kept: contextlib.AsyncExitStack) -> None:
