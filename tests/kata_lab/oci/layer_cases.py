@@ -44,6 +44,8 @@ def described(root: Path, mapped: bool = False, times: bool = False) -> dict[str
         if stat.S_ISLNK(info.st_mode):
             content = os.readlink(path)
         elif stat.S_ISREG(attributes.mode):
+            if not os.access(path, os.R_OK):
+                path.chmod(0o600)  # what umoci makes for who is not root can be closed to its owner
             content = path.read_bytes()
             names.setdefault((info.st_dev, info.st_ino), []).append(relative)
         xattrs = {name: value for name, value in attributes.xattrs.items() if not name.startswith(OVERLAY_PREFIX)}

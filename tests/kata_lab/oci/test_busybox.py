@@ -21,7 +21,7 @@ PROGRAM = b"\x7fELF\0code \xff" + b"\0".join(name.encode() for name in NAMES) + 
 
 @pytest.fixture(scope="module")
 def signer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Signer]:
-    made = Signer(tmp_path_factory.mktemp("gpg"))
+    made = Signer(tmp_path_factory.mktemp("gpg") / "home")
     yield made
     made.close()
 
