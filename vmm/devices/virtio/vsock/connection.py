@@ -89,7 +89,9 @@ class Connection:
         "wanted",
     )
 
-    def __init__(self, state: State, host: socket.socket, cid: int, guest_port: int, host_port: int, buf_alloc: int):
+    def __init__(
+        self, state: State, host: socket.socket, cid: int, guest_port: int, host_port: int, buf_alloc: int
+    ) -> None:
         self.state = state
         self.host = host
         self.guest_cid = cid

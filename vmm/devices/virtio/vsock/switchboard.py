@@ -50,7 +50,7 @@ from vmm.devices.virtio.vsock.packet import (
     Header,
 )
 
-MAX_CONNECTIONS: Final = 4096  #: fewer where the process may open few files
+MAX_CONNECTIONS: Final = 4096  #: but not more than half of the files that the process may open
 MAX_GREETINGS: Final = 128  #: clients that have not said yet to which port they want
 
 GREETING_SECONDS: Final = 5.0
@@ -88,7 +88,8 @@ class Switchboard:
         self._path = config.socket
         self._deliver = deliver
         self._wake = wake
-        self.limit = min(MAX_CONNECTIONS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
+        files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self.limit = MAX_CONNECTIONS if files == resource.RLIM_INFINITY else min(MAX_CONNECTIONS, files // 2)
         self.accepters: dict[int, Accept] = {}
         #: Answers without a connection, for the guest.
         self.replies: deque[Header] = deque()
