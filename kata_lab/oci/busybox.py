@@ -38,7 +38,9 @@ _DIRECTORIES: Final = {
     "var/tmp": 0o1777,
 }
 _APPLETS = re.compile(rb"((?:[a-z0-9\[_.-]{1,20}\0){150,600})\0")
-_FORMAT: Final = "1"
+_RECIPE_ANNOTATION: Final = "kata-lab.busybox.recipe"
+_RECIPE: Final = "1"
+"""Of what this module puts into the image; an image made by another one is made anew."""
 
 
 def ensure_busybox(progress: ProgressMode = "auto", mirror: str | None = None) -> ImageHandle:
@@ -51,8 +53,12 @@ def ensure_busybox(progress: ProgressMode = "auto", mirror: str | None = None) -
     Raises:
         ImageError: no APT, no network, or a package that does not verify; see apt.Archive.
     """
-    if not any(each.name == f"{NAME}:latest" for each in list_images()):
-        build_busybox(progress, mirror)
+    if any(each.name == f"{NAME}:latest" for each in list_images()):
+        image = open_image(NAME)
+        if image.manifest.annotations.get(_RECIPE_ANNOTATION, _RECIPE) == _RECIPE:  # ours, or imported by somebody
+            return image
+        image.close()
+    build_busybox(progress, mirror)
     return open_image(NAME)
 
 
@@ -90,6 +96,7 @@ def build_busybox(progress: ProgressMode = "auto", mirror: str | None = None) ->
             annotations={
                 "org.opencontainers.image.title": NAME,
                 "org.opencontainers.image.version": package.version,
+                _RECIPE_ANNOTATION: _RECIPE,
             },
         )
         writer.tag(image, f"{NAME}:latest")

@@ -199,6 +199,12 @@ def full_name(name: str) -> str:
     return f"{base}:{tag}"
 
 
+def stored_name(descriptor: Descriptor) -> str:
+    """The name with tag of an image of the local store, where other programs may leave the tag out; or empty."""
+    name = descriptor.annotations.get(NAME_ANNOTATION, "")
+    return f"{name}:{DEFAULT_TAG}" if name and ":" not in name.rpartition("/")[2] else name
+
+
 def _path_and_tag(rest: str, whole: str) -> tuple[str, str]:
     """A path, and a tag if what precedes it exists; tags of Docker have colons themselves."""
     if not rest or "\0" in rest:
@@ -281,9 +287,9 @@ def _chosen(source: BlobSource, parsed: Reference, reference: str, architecture:
         raise OciError(f"{source.origin} is no OCI image layout: it has no {INDEX_FILE if layout else LAYOUT_FILE}")
     entries = parse_index(data, f"{INDEX_FILE} in {source.origin}")
     if parsed.transport == "store":
-        found = [each for each in entries if parsed.place in (each.digest, each.annotations.get(NAME_ANNOTATION))]
+        found = [each for each in entries if parsed.place in (each.digest, stored_name(each))]
         if not found:
-            raise _unknown(reference, [each.annotations.get(NAME_ANNOTATION, "") for each in entries])
+            raise _unknown(reference, [stored_name(each) for each in entries])
     elif isinstance(source, DockerSource):
         found = list(entries)  # of which the tag chose one
     else:

@@ -1,10 +1,11 @@
 """The store of unpacked layers in the cache: each unpacked once, verified, kept while somebody uses it.
 
-A layer lies in ``<cache>/layers/<digits>/tree``. The digits are those of its chain (the layers up to it, as
-``ChainID`` of the OCI image specification 1.1, config.md), because what a layer leaves unsaid of a directory comes from
-those beneath; images with the same base share its layers. ``.mapped`` behind the digits says that owners are kept as
-:mod:`kata_lab.oci.attributes` says, which is so unless root unpacked. A layer is unpacked under a temporary name, and
-renamed when both its digests are right: that of the blob and that of the unpacked archive (``diff_id``).
+A layer lies in ``<cache>/layers/v1/<digits>/tree``; the number changes when the form of layers does. The digits are
+those of its chain (the layers up to it, as ``ChainID`` of the OCI image specification 1.1, config.md), because what a
+layer leaves unsaid of a directory comes from those beneath; images with the same base share its layers. ``.mapped``
+behind the digits says that owners are kept as :mod:`kata_lab.oci.attributes` says, which is so unless root unpacked. A
+layer is unpacked under a temporary name, and renamed when both its digests are right (that of the blob, and that of the
+unpacked archive, ``diff_id``) and the disk has all of it.
 
 Who uses a layer holds a shared lock (flock(2)) on its directory, which ends with the process however it ends, and
 prune() leaves such layers alone.
@@ -12,6 +13,7 @@ prune() leaves such layers alone.
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import gzip
 import hashlib
@@ -37,6 +39,7 @@ from kata_lab.paths import cache_directory
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
+FORMAT: Final = 1
 MAPPED_ENDING: Final = ".mapped"
 
 _TREE = "tree"
@@ -103,8 +106,8 @@ class LayerStore:
     """
 
     def __init__(self, mapped: bool | None = None, limits: Limits = DEFAULT_LIMITS) -> None:
-        self.directory = cache_directory() / "layers"
-        self.directory.mkdir(mode=0o700, exist_ok=True)
+        self.directory = cache_directory() / "layers" / f"v{FORMAT}"
+        self.directory.mkdir(parents=True, exist_ok=True)
         self._mapped = not can_own(self.directory) if mapped is None else mapped
         self._limits = limits
 
@@ -168,11 +171,24 @@ class LayerStore:
                     LayerWriter(new / _TREE, lower, self._mapped, self._limits, origin).unpack(cast(BinaryIO, plain))
                     plain.check(origin)
                 new.chmod(0o700)
+                _sync_file_system(new)
                 publish(new, place)
             except (EOFError, zlib.error, gzip.BadGzipFile) as error:
                 raise OciError(f"{origin} cannot be unpacked ({error})") from error
             finally:
                 shutil.rmtree(new, ignore_errors=True)
+
+
+def _sync_file_system(directory: Path) -> None:
+    """Wait until the disk has all of a layer: once, since a sync of every file would take far longer."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        library = ctypes.CDLL(None, use_errno=True)
+        if library.syncfs(descriptor) != 0:
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number), str(directory))
+    finally:
+        os.close(descriptor)
 
 
 def _lease(place: Path, leases: ExitStack) -> bool:

@@ -25,7 +25,15 @@ from kata_lab.oci.descriptor import (
     parse_index,
     parse_manifest,
 )
-from kata_lab.oci.image import ARCHITECTURE, ImageHandle, full_name, open_image, parse_reference, store_directory
+from kata_lab.oci.image import (
+    ARCHITECTURE,
+    ImageHandle,
+    full_name,
+    open_image,
+    parse_reference,
+    store_directory,
+    stored_name,
+)
 from kata_lab.oci.layers import LayerStore, chain_ids
 from kata_lab.oci.unpack import DEFAULT_LIMITS, Limits
 from kata_lab.oci.writer import ImageWriter
@@ -33,7 +41,7 @@ from kata_lab.oci.writer import ImageWriter
 
 @dataclass(frozen=True)
 class StoredImage:
-    """An image of the local store: its name with tag, its manifest's digest, what it is for, and bytes of its blobs."""
+    """An image of the local store: its name with tag, its digest, what its programs are for, and bytes of its blobs."""
 
     name: str
     digest: str
@@ -61,9 +69,15 @@ def list_images() -> list[StoredImage]:
     source = DirectorySource(store_directory())
     found = []
     for each in ImageWriter(store_directory()).entries():
-        manifest = parse_manifest(read_document(source, each), f"the manifest {each.digest}")
-        size = each.size + manifest.config.size + sum(layer.size for layer in manifest.layers)
-        found.append(StoredImage(each.annotations.get(NAME_ANNOTATION, ""), each.digest, each.architecture, size))
+        size, architecture = each.size, each.architecture
+        if each.media_type in MANIFEST_TYPES:
+            manifest = parse_manifest(read_document(source, each), f"the manifest {each.digest}")
+            size += manifest.config.size + sum(layer.size for layer in manifest.layers)
+            if not architecture:  # copied here by another program
+                data = read_document(source, manifest.config)
+                architecture = parse_config(data, f"the configuration {manifest.config.digest}").architecture
+        name = stored_name(each)
+        found.append(StoredImage(name, each.digest, architecture or "several", size))
     return sorted(found, key=lambda image: image.name)
 
 
@@ -105,9 +119,13 @@ def remove_image(name: str) -> None:
     Raises:
         OciError: there is no such image.
     """
-    open_image(name).close()
+    wanted = full_name(name)
     with writing() as writer:
-        writer.untag(full_name(name))
+        for each in writer.entries():
+            if stored_name(each) == wanted:
+                writer.untag(each.annotations[NAME_ANNOTATION])
+                return
+    open_image(name).close()  # says which names there are
 
 
 def prune() -> Pruned:

@@ -35,6 +35,7 @@ import shutil
 import stat
 import tarfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Final
@@ -76,12 +77,14 @@ class Limits:
         size: bytes of the unpacked archive, and of all its files (a sparse file counts with its holes).
         path: bytes of a path.
         name: bytes of one name in it.
+        depth: names in a path.
     """
 
     members: int = 1_000_000
     size: int = 16 << 30
     path: int = 4095
     name: int = 255
+    depth: int = 200
 
 
 DEFAULT_LIMITS: Final = Limits()
@@ -144,25 +147,29 @@ class LayerWriter:
     def _take(self, archive: tarfile.TarFile, info: tarfile.TarInfo) -> None:
         path = self._checked(info.name)
         parent, _, name = path.rpartition("/")
-        if name == OPAQUE_MARK:
-            self._need_directory(parent)
-            self._opaque.add(parent)
-        elif name.startswith(_AUFS_PREFIX):
+        if name.startswith(_AUFS_PREFIX) and name != OPAQUE_MARK:
             return
-        elif name.startswith(WHITEOUT_PREFIX):
-            hidden = name.removeprefix(WHITEOUT_PREFIX)
-            if hidden in ("", ".", ".."):
-                raise self._refused(info.name, "it must hide a file, and names none")
+        with self._writing(info.name):
             self._need_directory(parent)
-            self._whiteouts.add(f"{parent}/{hidden}".lstrip("/"))
-        else:
-            self._need_directory(parent)
-            try:
+            if name == OPAQUE_MARK:
+                self._opaque.add(parent)
+            elif name.startswith(WHITEOUT_PREFIX):
+                hidden = name.removeprefix(WHITEOUT_PREFIX)
+                if hidden in ("", ".", ".."):
+                    raise self._refused(info.name, "it must hide a file, and names none")
+                self._whiteouts.add(f"{parent}/{hidden}".lstrip("/"))
+            else:
                 self._write(archive, info, path)
-            except OSError as error:
-                if error.errno in _OUR_FAULT:
-                    raise
-                raise self._refused(info.name, f"it cannot be written ({error.strerror})") from error
+
+    @contextmanager
+    def _writing(self, name: str) -> Iterator[None]:
+        """What the system does not let be written is the layer's fault, unless the system is out of something."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno in _OUR_FAULT:
+                raise
+            raise self._refused(name, f"it cannot be written ({error.strerror})") from error
 
     def _checked(self, name: str) -> str:
         """A member's path: relative, in its shortest form; empty for the root."""
@@ -180,6 +187,8 @@ class LayerWriter:
             raise self._refused(
                 name, f"its path must have at most {self._limits.path} bytes, and {self._limits.name} in each name"
             )
+        if len(parts) > self._limits.depth:
+            raise self._refused(name, f"its path must have at most {self._limits.depth} names")
         return path
 
     def _refused(self, name: str, why: str) -> OciError:
@@ -304,7 +313,8 @@ class LayerWriter:
             if kind == stat.S_IFDIR:
                 self._opaque.add(path)
             elif kind is None and path.rpartition("/")[0] not in self._opaque:
-                extended |= self._hide(path)
+                with self._writing(path):
+                    extended |= self._hide(path)
         if extended and "" not in self._opaque:
             set_xattr(self._directory, OPAQUE, b"x")
         for path in self._opaque:

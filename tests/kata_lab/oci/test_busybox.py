@@ -11,9 +11,10 @@ import pytest
 from kata_lab.errors import ImageError
 from kata_lab.image.apt import KEYRING_VARIABLE
 from kata_lab.image.mirror import MIRROR_VARIABLE
-from kata_lab.oci import build_busybox, ensure_busybox, list_images, make_spec, prune, remove_image
+from kata_lab.oci import build_busybox, ensure_busybox, import_image, list_images, make_spec, prune, remove_image
 from kata_lab.oci.busybox import applets
 from tests.kata_lab.image.fake_mirror import FakeMirror, Signer, serving
+from tests.kata_lab.oci.layer_cases import base, layout
 
 NAMES = sorted({f"applet{number}" for number in range(150)} | {"sh", "uname", "ls", "[", "[["})
 PROGRAM = b"\x7fELF\0code \xff" + b"\0".join(name.encode() for name in NAMES) + b"\0\0more\0words\0"
@@ -73,6 +74,21 @@ def test_image_is_the_same_every_time_and_built_once(mirror: FakeMirror) -> None
         assert first == second == image.digest
     assert mirror.requests_for(".deb") == 1
     assert [each.name for each in list_images()] == ["busybox:latest"]
+
+
+def test_image_of_another_recipe_is_made_anew_and_an_imported_one_is_kept(
+    mirror: FakeMirror, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ensure_busybox("off").close()
+    monkeypatch.setattr("kata_lab.oci.busybox._RECIPE", "2")
+    monkeypatch.setattr("kata_lab.oci.busybox._PASSWD", "root:x:0:0::/:/bin/sh\n")
+
+    with ensure_busybox("off") as image:
+        assert image.read("etc/passwd") == b"root:x:0:0::/:/bin/sh\n"
+
+    mine = import_image(layout(tmp_path / "layout", base), "busybox")
+    with ensure_busybox("off") as image:
+        assert image.digest == mine.digest
 
 
 def test_package_without_a_program_is_refused(mirror: FakeMirror) -> None:

@@ -204,7 +204,7 @@ def test_blob_that_is_not_what_it_should_be_is_refused(tmp_path: Path, kind: str
         image.layers()
 
     assert "\n" not in str(caught.value)
-    assert not list((tmp_path / "home/cache").glob("layers/[0-9a-f]*"))
+    assert not list((tmp_path / "home/cache").glob("layers/v1/[0-9a-f]*"))
 
 
 def test_layer_that_unpacks_to_something_else_is_refused(tmp_path: Path) -> None:

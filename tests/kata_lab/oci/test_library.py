@@ -11,6 +11,7 @@ import pytest
 
 from kata_lab.oci import OciError, import_image, list_images, open_image, prune, remove_image
 from kata_lab.oci.image import store_directory
+from tests.kata_lab.oci.conftest import need
 from tests.kata_lab.oci.layer_cases import base, layout, random_layers, upper
 
 
@@ -180,3 +181,31 @@ def test_store_written_by_somebody_else_is_refused_in_one_sentence(tmp_path: Pat
 
     with pytest.raises(OciError, match="is not valid JSON"):
         list_images()
+
+
+def test_image_that_skopeo_copied_into_the_store_is_found(tmp_path: Path) -> None:
+    import_image(layout(tmp_path / "first", base), "first")
+    reference = layout(tmp_path / "layout", base, upper)
+
+    subprocess.run(
+        [
+            need("skopeo"),
+            "--override-arch",
+            "riscv64",
+            "--insecure-policy",
+            "copy",
+            reference,
+            f"oci:{store_directory()}:box",
+        ],
+        check=True,
+        capture_output=True,
+    )
+
+    assert [(each.name, each.architecture) for each in list_images()] == [
+        ("box:latest", "riscv64"),
+        ("first:latest", "riscv64"),
+    ]
+    with open_image("box") as image:
+        assert image.read("home/user/new") == b"new"
+    remove_image("box")
+    assert [each.name for each in list_images()] == ["first:latest"]

@@ -45,6 +45,9 @@ def _unpack(archive: bytes, place: Path, limits: Limits | None = None) -> Path:
         (lambda: _raw("a/../../outside"), r"'\.\.'"),
         (lambda: _raw("x" * 256), "255 in each name"),
         (lambda: _raw("x/" * 2100 + "y"), "at most 4095 bytes"),
+        (lambda: _raw(f"{'x' * 250}/" * 16 + "y"), "File name too long"),
+        (lambda: _raw(f"{'x' * 250}/" * 16 + ".wh.y"), "File name too long"),
+        (lambda: _raw("x/" * 201 + "y"), "at most 200 names"),
         (lambda: _raw("link", tarfile.LNKTYPE, "/etc/passwd"), "relative name"),
         (lambda: _raw("link", tarfile.LNKTYPE, "../../etc/passwd"), r"'\.\.'"),
         (lambda: _raw("link", tarfile.LNKTYPE, "etc/passwd"), "the layer does not have"),
@@ -323,4 +326,4 @@ def test_damaged_gzip_is_refused_in_one_sentence(tmp_path: Path) -> None:
         image.layers()
 
     assert "\n" not in str(caught.value)
-    assert list((tmp_path / "home/cache/layers").glob("[0-9a-f]*")) == []
+    assert list((tmp_path / "home/cache/layers/v1").glob("[0-9a-f]*")) == []
