@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
+from kata_lab.commands.container import add_commands as add_container_commands
 from kata_lab.commands.image import add_arguments as add_image_arguments
 from kata_lab.errors import KataLabError
 
@@ -113,6 +114,8 @@ def build_parser() -> argparse.ArgumentParser:
     boot.set_defaults(run=_boot, devices=[])
 
     add_image_arguments(commands.add_parser("image", help="build guest images and look into them"), _Parser)
+
+    add_container_commands(commands, _Parser)
 
     bench = commands.add_parser("bench", help="measure, side by side with qemu-system-riscv64, or two images")
     kinds = bench.add_subparsers(title="benchmarks", dest="kind", required=True, parser_class=_Parser)

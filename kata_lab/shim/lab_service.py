@@ -1,0 +1,139 @@
+"""What ``kata-lab`` asks of a shim beside the Task API (``kata_lab/protocol/lab.proto``)."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING, Any, Final
+
+from kata_lab.errors import KataLabError
+from kata_lab.shim.hub import Stream, Viewer
+from kata_lab.shim.metrics import metrics_text
+from kata_lab.shim.output_log import LogFollower, Piece, read_log
+from kata_lab.shim.task import TaskProcess
+from kata_lab.ttrpc import RpcError, StatusCode
+from kata_lab.ttrpc.server import Call, Handler
+
+if TYPE_CHECKING:
+    from kata_lab.shim.shim import Shim
+
+SERVICE: Final = "katalab.v1.Lab"
+FOLLOW_SECONDS: Final = 0.05  #: between two looks at a log
+
+
+class LabService:
+    """The methods of the service.
+
+    Args:
+        shim: who carries them out.
+    """
+
+    def __init__(self, shim: Shim) -> None:
+        self._shim = shim
+        self._attached = 0
+        #: Set while nobody is attached, so that the last words reach everyone before the shim ends.
+        self.nobody_attached = asyncio.Event()
+        self.nobody_attached.set()
+
+    @property
+    def handlers(self) -> dict[str, Handler]:
+        """By the names of the methods."""
+        return {
+            "Create": self._create,
+            "Attach": self._attach,
+            "Logs": self._logs,
+            "List": self._list,
+            "Timeline": self._timeline,
+            "Metrics": self._metrics,
+        }
+
+    async def _create(self, request: dict[str, Any], call: Call) -> None:
+        await self._shim.create_recorded(request["id"])
+
+    async def _attach(self, request: dict[str, Any], call: Call) -> None:
+        messages = call.messages()
+        first = await anext(messages, None)
+        if first is None:
+            raise RpcError(StatusCode.INVALID_ARGUMENT, "the first message must name the container to attach to")
+        process = self._shim.find(first["id"]).find(first["exec_id"])
+        if process.ended.is_set():
+            text = f"the process of container {first['id']} has ended with status {process.status}: start it first"
+            raise RpcError(StatusCode.FAILED_PRECONDITION, text)
+        viewer = await process.hub.view()
+        self._attached += 1
+        self.nobody_attached.clear()
+        typing = asyncio.create_task(_take(process, first, messages), name="attached-input")
+        try:
+            await call.send({"attached": True})
+            await _show(viewer, call)
+            await process.ended.wait()
+            await call.send({"ended": True, "exit_status": process.status})
+        finally:
+            viewer.close()
+            typing.cancel()
+            await asyncio.gather(typing, return_exceptions=True)
+            self._attached -= 1
+            if not self._attached:
+                self.nobody_attached.set()
+
+    async def _logs(self, request: dict[str, Any], call: Call) -> None:
+        task = self._shim.find(request["id"])
+        if task.directory is None:
+            text = f"the output of container {task.id} goes where its client wanted it, and is not kept here"
+            raise RpcError(StatusCode.FAILED_PRECONDITION, text)
+        path = task.directory.log
+        with LogFollower(path) as follower:
+            for piece in await asyncio.to_thread(lambda: list(read_log(path, request["tail"]))):
+                await call.send(_message(piece))
+            follower.skip()
+            while request["follow"]:
+                ended = task.process.ended.is_set()
+                for piece in follower.read():
+                    await call.send(_message(piece))
+                if ended:
+                    return
+                await asyncio.sleep(FOLLOW_SECONDS)
+
+    async def _list(self, request: dict[str, Any], call: Call) -> dict[str, Any]:
+        return {
+            "containers": [
+                {
+                    "id": task.id,
+                    "name": task.record.name if task.record is not None else task.id,
+                    "state": task.state,
+                    "exec_ids": list(task.execs),
+                }
+                for task in self._shim.tasks.values()
+            ]
+        }
+
+    async def _timeline(self, request: dict[str, Any], call: Call) -> dict[str, Any]:
+        steps = self._shim.sandbox.timeline
+        return {"milestones": [{"name": name, "at_us": max(round(at * 1e6), 0)} for name, at in steps]}
+
+    async def _metrics(self, request: dict[str, Any], call: Call) -> dict[str, Any]:
+        return {"text": await metrics_text(self._shim)}
+
+
+async def _take(process: TaskProcess, first: dict[str, Any], messages: AsyncIterator[dict[str, Any]]) -> None:
+    """Give the process what somebody types; one that reads no more is not wrong."""
+    message: dict[str, Any] | None = first
+    while message is not None:
+        with contextlib.suppress(KataLabError):
+            if message["rows"] and message["columns"]:
+                await process.resize(message["rows"], message["columns"])
+            if message["stdin"]:
+                await process.write(message["stdin"])
+            if message["close_stdin"]:
+                await process.close_stdin()
+        message = await anext(messages, None)
+
+
+async def _show(viewer: Viewer, call: Call) -> None:
+    async for stream, data in viewer:
+        await call.send({"stdout" if stream is Stream.STDOUT else "stderr": data})
+
+
+def _message(piece: Piece) -> dict[str, Any]:
+    return {"time_us": round(piece.time * 1e6), "stream": piece.stream, "data": piece.data}
