@@ -41,6 +41,7 @@ from vmm.microvm import MicroVm
 
 if TYPE_CHECKING:
     from kata_lab.image.library import Image
+    from vmm.devices.virtio.device import VirtioDevice
 
 PROMPT: Final = re.compile(r"kata-lab:\S*# ")
 """The prompt of a guest's shell."""
@@ -301,6 +302,7 @@ def boot_image(
     image: str | Image = "toolbox",
     *,
     devices: Sequence[DeviceConfig] = (),
+    custom: Sequence[VirtioDevice] = (),
     files: Mapping[str, bytes] | None = None,
     append: str = "",
     timeout: float = 120.0,
@@ -311,6 +313,7 @@ def boot_image(
     Args:
         image: the name of a description (built if need be), or an image.
         devices: in the order in which the guest finds them.
+        custom: virtio devices of the caller's own making, behind those; they belong to the VM once it starts.
         files: path in the guest → content of an executable file that the image does not have.
         append: words to add to the kernel's command line.
         timeout: seconds until the guest must show its prompt.
@@ -341,7 +344,7 @@ def boot_image(
                 **settings,
             }
         )
-        with MicroVm(config) as vm:
+        with MicroVm(config, custom) as vm:
             vm.start()
             with GuestShell(vm, timeout) as shell:
                 if _UNPACKING_FAILED in vm.console.text:

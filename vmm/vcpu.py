@@ -145,6 +145,11 @@ class Vcpu:
             self._condition.notify_all()
 
     @property
+    def wanted(self) -> bool:
+        """Whether the thread is asked to come out of guest code; what keeps it waiting in a device lets it go then."""
+        return self._attention
+
+    @property
     def runs_here(self) -> bool:
         """Whether the caller is on this vCPU's thread."""
         return threading.current_thread() is self._thread

@@ -16,58 +16,91 @@ if TYPE_CHECKING:
     from kata_lab.lab.bits import draw_instruction
     from kata_lab.lab.boot_views import boot_timeline, exits_chart, milestone_table
     from kata_lab.lab.console_view import ConsoleView, transcript
+    from kata_lab.lab.device_views import (
+        access_table,
+        exit_counts,
+        exits_per,
+        feature_table,
+        latency_chart,
+        request_table,
+        slot_table,
+    )
     from kata_lab.lab.exercise import Feedback
+    from kata_lab.lab.hand_driver import HandDriver
     from kata_lab.lab.image_views import difference_table, image_table, size_chart, steps_chart
     from kata_lab.lab.image_workshop import Workshop, seconds_to_services
     from kata_lab.lab.machines import Machines
     from kata_lab.lab.memory_view import address_table, draw_touched, touched_bytes
     from kata_lab.lab.picture import Picture, Table
     from kata_lab.lab.registers import code_table, register_table, step_table, take_steps
+    from kata_lab.lab.slot_probe import SlotProbe, Stopped, traced
     from kata_lab.lab.tree import draw_tree
+    from kata_lab.lab.virtqueue_view import draw_queue, hex_table, walk_table
 
 _HOMES = {
     "bare": ("Outcome", "run_bare"),
     "bits": ("draw_instruction",),
     "boot_views": ("boot_timeline", "exits_chart", "milestone_table"),
     "console_view": ("ConsoleView", "transcript"),
+    "device_views": (
+        *("access_table", "exit_counts", "exits_per", "feature_table", "latency_chart", "request_table"),
+        "slot_table",
+    ),
     "exercise": ("Feedback",),
+    "hand_driver": ("HandDriver",),
     "image_views": ("difference_table", "image_table", "size_chart", "steps_chart"),
     "image_workshop": ("Workshop", "seconds_to_services"),
     "machines": ("Machines",),
     "memory_view": ("address_table", "draw_touched", "touched_bytes"),
     "picture": ("Picture", "Table"),
     "registers": ("code_table", "register_table", "step_table", "take_steps"),
+    "slot_probe": ("SlotProbe", "Stopped", "traced"),
     "tree": ("draw_tree",),
+    "virtqueue_view": ("draw_queue", "hex_table", "walk_table"),
 }
 _HOME_OF = {name: f"kata_lab.lab.{home}" for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "ConsoleView",
     "Feedback",
+    "HandDriver",
     "Machines",
     "Outcome",
     "Picture",
+    "SlotProbe",
+    "Stopped",
     "Table",
     "Workshop",
+    "access_table",
     "address_table",
     "boot_timeline",
     "code_table",
     "difference_table",
     "draw_instruction",
+    "draw_queue",
     "draw_touched",
     "draw_tree",
+    "exit_counts",
     "exits_chart",
+    "exits_per",
+    "feature_table",
+    "hex_table",
     "image_table",
+    "latency_chart",
     "milestone_table",
     "register_table",
+    "request_table",
     "run_bare",
     "seconds_to_services",
     "size_chart",
+    "slot_table",
     "step_table",
     "steps_chart",
     "take_steps",
     "touched_bytes",
+    "traced",
     "transcript",
+    "walk_table",
 ]
 
 
