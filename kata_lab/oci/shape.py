@@ -86,11 +86,11 @@ def text(*, longest: int = LONGEST_TEXT, empty: bool = True) -> Check:
 
 def matching(pattern: str, should: str, *, longest: int = LONGEST_TEXT) -> Check:
     """A text that wholly matches a regular expression; `should` ends the sentence of a refusal."""
-    compiled, is_text = re.compile(pattern), text(longest=longest)
+    is_text = text(longest=longest)
 
     def check(value: Any, path: str) -> None:
         is_text(value, path)
-        if not compiled.fullmatch(value):
+        if not re.fullmatch(pattern, value):  # compiled when it is first needed
             raise refuse(path, value, should)
 
     return check
