@@ -191,7 +191,7 @@ class FsConfig(DeviceConfig):
     guest sees what belongs to the VMM's user as root's.
 
     Attributes:
-        path: the directory.
+        path: the directory; None for one in which there is only what is added to the running device.
         tag: what the guest calls it, 1 to 36 bytes of UTF-8.
         read_only: the guest can only read.
         cache: ``"none"`` (the guest asks for everything every time), ``"auto"`` (names and attributes are trusted for a
@@ -209,7 +209,8 @@ class FsConfig(DeviceConfig):
 
     def __post_init__(self) -> None:
         DeviceConfig.__post_init__(self)
-        self._path("path")
+        if self.path is not None:
+            self._path("path")
         if not isinstance(self.tag, str) or not 1 <= len(self.tag.encode()) <= 36 or "\0" in self.tag:
             raise ConfigError(f"fs tag is {self.tag!r}, it must have 1 to 36 bytes")
         _require_flag("fs read_only", self.read_only)

@@ -7,6 +7,7 @@ the one with the other. ``fs`` is one directory of the host, shared as it is.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -66,8 +67,8 @@ class LayeredRoot:
         lower: list[str] = []
         try:
             for layer in self.layers:
-                # By its place in the store, so that containers share what they have in common.
-                name = f"layer-{layer.name[:16]}"
+                # A name for each place, so that containers share what they have in common.
+                name = f"layer-{hashlib.sha256(bytes(layer)).hexdigest()[:12]}"
                 lower.append(await shares.share(name, layer, True, self.override_stat))
                 names.append(name)
         except BaseException:

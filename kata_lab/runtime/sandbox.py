@@ -9,10 +9,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import enum
+import itertools
 import os
 import secrets
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,6 +108,15 @@ class RunResult:
         return self.stdout.decode(errors="replace")
 
 
+@dataclass(slots=True)
+class _Shared:
+    """What is in the shared directory, and how many need it."""
+
+    name: str
+    path: Path
+    users: int = 0
+
+
 class Sandbox:
     """One sandbox; an asynchronous context manager that starts it, and stops it.
 
@@ -130,7 +139,8 @@ class Sandbox:
         self._agent: AgentClient | None = None
         self._undo = contextlib.AsyncExitStack()
         self._order = asyncio.Lock()
-        self._shares: Counter[str] = Counter()
+        self._shares: dict[str, _Shared] = {}
+        self._share_numbers = itertools.count(1)
         self._shared_lock = asyncio.Lock()
         self._watches: list[asyncio.Task[None]] = []
         self._began = time.monotonic()
@@ -434,19 +444,26 @@ class Sandbox:
     async def share(self, name: str, path: Path, read_only: bool, override_stat: bool = False) -> str:
         """Make a directory or file of the host appear in the guest's shared directory; returns its path there."""
         async with self._shared_lock:
-            if not self._shares[name]:
-                await self.hypervisor.add_share(name, path, read_only, override_stat)
-            self._shares[name] += 1
-        return f"{SHARED}/{name}"
+            shared = self._shares.get(name)
+            if shared is None:
+                # The guest may still remember a name that was used before, and what it led to.
+                shared = _Shared(f"{name}.{next(self._share_numbers)}", path)
+                await self.hypervisor.add_share(shared.name, path, read_only, override_stat)
+                self._shares[name] = shared
+            elif shared.path != path:
+                raise RuntimeFault(f"sandbox {self.id} shares {str(shared.path)!r} as {name!r} already")
+            shared.users += 1
+        return f"{SHARED}/{shared.name}"
 
     async def unshare(self, name: str) -> None:
         """Undo one :meth:`share`."""
         async with self._shared_lock:
-            self._shares[name] -= 1
-            if not self._shares[name]:
+            shared = self._shares[name]
+            shared.users -= 1
+            if not shared.users:
                 del self._shares[name]
                 if self._state is SandboxState.RUNNING:
-                    await self.hypervisor.remove_share(name)
+                    await self.hypervisor.remove_share(shared.name)
 
     # Pause, and the end.
 

@@ -34,12 +34,13 @@ from vmm.devices.virtio.fs.protocol import (
     Opcode,
     SetAttr,
 )
-from vmm.devices.virtio.fs.share import Operation, Request, Share
+from vmm.devices.virtio.fs.share import OVERRIDE, Operation, Request, Share
 
 _XATTR_NAMESPACES: Final = (b"user.", b"trusted.", b"security.")
 _XATTR_FLAGS: Final = os.XATTR_CREATE | os.XATTR_REPLACE
 _UNCHANGED: Final = -1
 _OWNERS_OF_STATX: Final = struct.Struct("<2I")  # struct statx, at 20: uid, gid
+_MODE_OF_STATX: Final = struct.Struct("<H")  # struct statx, at 28
 _NUMBER_OF_STATX: Final = struct.Struct("<Q")  # struct statx, at 32: ino
 _STATX_FLAGS: Final = 0x6000  # AT_STATX_FORCE_SYNC, AT_STATX_DONT_SYNC
 _WORD: Final = 0xFFFF_FFFF
@@ -71,17 +72,18 @@ class Attributes:
 
     def getattr(self, request: Request) -> bytes:
         flags, handle = GETATTR_IN.unpack(request.data, ARGUMENTS)
+        inode = self._inodes.get(request.node)
         descriptor = self._descriptor(request.node, handle if flags & GETATTR_FH else None)
-        return self._share.attr_out(os.fstat(descriptor))
+        return self._share.attr_out(inode, os.fstat(descriptor))
 
     def statx(self, request: Request) -> bytes:
         flags, handle, how, mask = STATX_IN.unpack(request.data, ARGUMENTS)
         inode = self._inodes.get(request.node)
         descriptor = self._descriptor(request.node, handle if flags & GETATTR_FH else None)
         found = host.statx(descriptor, how & _STATX_FLAGS, mask & ~(1 << 31))
-        uid, gid = _OWNERS_OF_STATX.unpack_from(found, 20)
-        identity = self._share.identity
-        _OWNERS_OF_STATX.pack_into(found, 20, identity.guest_uid(uid), identity.guest_gid(gid))
+        mode, uid, gid = self._share.permissions(inode, os.fstat(descriptor))
+        _OWNERS_OF_STATX.pack_into(found, 20, uid, gid)
+        _MODE_OF_STATX.pack_into(found, 28, mode)
         (number,) = _NUMBER_OF_STATX.unpack_from(found, 32)
         _NUMBER_OF_STATX.pack_into(found, 32, number ^ self._inodes.upper_bits(inode))
         return STATX_OUT.pack(self._share.validity, 0, 0) + bytes(found)
@@ -98,9 +100,12 @@ class Attributes:
             gid,
         ) = SETATTR_IN.unpack(request.data, ARGUMENTS)
         valid = SetAttr(valid & 0xFFF)
-        self._share.require_writable()
         inode = self._inodes.get(request.node)
         descriptor = self._descriptor(request.node, handle if valid & SetAttr.FH else None)
+        if valid & SetAttr.FH:
+            # The guest may name a handle of another file.
+            inode = self._share.opened.file(handle).inode
+        self._share.require_writable(inode)
         path = host.proc_path(descriptor)
         if valid & (SetAttr.UID | SetAttr.GID):
             identity = self._share.identity
@@ -119,7 +124,7 @@ class Attributes:
             access = self._time(valid, SetAttr.ATIME, SetAttr.ATIME_NOW, times[0], times[3])
             modification = self._time(valid, SetAttr.MTIME, SetAttr.MTIME_NOW, times[1], times[4])
             host.set_times(descriptor, access, modification)
-        return self._share.attr_out(os.fstat(descriptor))
+        return self._share.attr_out(inode, os.fstat(descriptor))
 
     @staticmethod
     def _time(valid: SetAttr, given: SetAttr, now: SetAttr, seconds: int, rest: int) -> tuple[int, int]:
@@ -142,7 +147,7 @@ class Attributes:
     def _xattr_path(self, node: int, name: bytes) -> bytes:
         if len(name) > NAME_MAX:
             raise failure(errno.ERANGE)
-        if not name.startswith(_XATTR_NAMESPACES):
+        if name == OVERRIDE or not name.startswith(_XATTR_NAMESPACES):
             raise failure(errno.EOPNOTSUPP)
         return host.proc_path(self._inodes.descriptor(self._inodes.get(node)))
 
@@ -156,7 +161,7 @@ class Attributes:
         if flags & ~_XATTR_FLAGS:
             raise failure(errno.EINVAL)
         value = request.body(offset + len(name) + 1, size)
-        self._share.require_writable()
+        self._share.require_writable(self._inodes.get(request.node))
         os.setxattr(self._xattr_path(request.node, name), name, value, flags)
         return b""
 
@@ -169,7 +174,7 @@ class Attributes:
         (size,) = GETXATTR_IN.unpack(request.data, ARGUMENTS)
         path = host.proc_path(self._inodes.descriptor(self._inodes.get(request.node)))
         names = [os.fsencode(name) for name in os.listxattr(path)]
-        shown = b"".join(name + b"\0" for name in names if name.startswith(_XATTR_NAMESPACES))
+        shown = b"".join(name + b"\0" for name in names if name.startswith(_XATTR_NAMESPACES) and name != OVERRIDE)
         return self._sized(shown, size)
 
     @staticmethod
@@ -182,7 +187,7 @@ class Attributes:
 
     def removexattr(self, request: Request) -> bytes:
         (name,) = request.names(ARGUMENTS, 1)
-        self._share.require_writable()
+        self._share.require_writable(self._inodes.get(request.node))
         os.removexattr(self._xattr_path(request.node, name), name)
         return b""
 
@@ -205,18 +210,19 @@ class Attributes:
         (mask,) = ACCESS_IN.unpack(request.data, ARGUMENTS)
         if mask & ~(os.R_OK | os.W_OK | os.X_OK):
             raise failure(errno.EINVAL)
-        status = self._inodes.status(self._inodes.get(request.node))
+        inode = self._inodes.get(request.node)
+        status = self._inodes.status(inode)
         if mask & os.W_OK:
-            self._share.require_writable()
-        identity = self._share.identity
-        if request.uid == identity.guest_uid(status.st_uid):
-            allowed = status.st_mode >> 6
-        elif request.gid == identity.guest_gid(status.st_gid):
-            allowed = status.st_mode >> 3
+            self._share.require_writable(inode)
+        mode, uid, gid = self._share.permissions(inode, status)
+        if request.uid == uid:
+            allowed = mode >> 6
+        elif request.gid == gid:
+            allowed = mode >> 3
         else:
-            allowed = status.st_mode
+            allowed = mode
         if request.uid == 0:
-            allowed = 7 if stat.S_ISDIR(status.st_mode) or status.st_mode & 0o111 else 6
+            allowed = 7 if stat.S_ISDIR(mode) or mode & 0o111 else 6
         if mask & ~allowed:
             raise failure(errno.EACCES)
         return b""

@@ -32,7 +32,7 @@ from vmm.config import FsConfig
 from vmm.devices.virtio.device import VirtioDevice
 from vmm.devices.virtio.fs.protocol import ARGUMENTS, IN_HEADER, INTERRUPT_IN, OUT_HEADER, RESULTS, UNANSWERED, Opcode
 from vmm.devices.virtio.fs.server import FileServer
-from vmm.devices.virtio.fs.share import Answer, Filled, Request, Share, Slow, Waiting
+from vmm.devices.virtio.fs.share import Answer, Filled, Request, Share, Slow, Waiting, checked
 from vmm.devices.virtio.queue import Chain, Queue, QueueError
 from vmm.errors import ConfigError
 
@@ -74,7 +74,6 @@ class FsDevice(VirtioDevice):
 
     def __init__(self, config: FsConfig, descriptors: int = 0) -> None:
         super().__init__(config.name)
-        assert config.path is not None
         self._tag = config.tag.encode()
         self._request_queues = config.queues
         try:
@@ -91,6 +90,44 @@ class FsDevice(VirtioDevice):
         self._retry_seconds = _FIRST_RETRY
         #: Requests so far, by opcode; 0 counts those of unheard-of ones.
         self.requests: Counter[int] = Counter()
+
+    def add(self, name: str, path: os.PathLike[str], *, read_only: bool = False, override_stat: bool = False) -> None:
+        """Let a directory or file of the host appear in the share's top directory, from any thread.
+
+        Args:
+            name: under which it appears.
+            path: what; a symbolic link is followed now, and never again.
+            read_only: the guest can only read.
+            override_stat: owner, mode and kind of the files are in :data:`~vmm.devices.virtio.fs.share.OVERRIDE`.
+
+        Raises:
+            ConfigError: the share has a directory of its own, the name is taken or none, or there is nothing at the
+                path.
+        """
+        if not self.share.inodes.virtual:
+            raise ConfigError(f"{self.name} shares a directory of its own; leave its path out to add others to it")
+        try:
+            encoded = checked(os.fsencode(name))
+            if b"\0" in encoded:
+                raise ValueError(name)
+            with self.lock:
+                self.share.inodes.add(encoded, path, read_only, override_stat)
+        except OSError as error:
+            raise ConfigError(f"{os.fspath(path)!r} cannot be shared as {name!r}: {error.strerror}") from error
+        except ValueError as error:
+            raise ConfigError(f"{name!r} is no name of a file") from error
+
+    def remove(self, name: str) -> None:
+        """Undo :meth:`add`, from any thread; what the guest still knows of it is stale.
+
+        Raises:
+            ConfigError: nothing is shared under this name.
+        """
+        try:
+            with self.lock:
+                self.share.inodes.remove(os.fsencode(name))
+        except OSError as error:
+            raise ConfigError(f"{self.name} shares nothing as {name!r}") from error
 
     @property
     def queue_sizes(self) -> tuple[int, ...]:

@@ -79,7 +79,7 @@ class Files:
         share = self._share
         inode = share.inodes.get(request.node)
         if flags & _MODIFYING:
-            share.require_writable()
+            share.require_writable(inode)
         descriptor = self._opened.open(inode, flags, share.writeback)
         if flags & os.O_TRUNC and how & OPEN_KILL_SUIDGID:
             kill_set_id(descriptor)
@@ -107,7 +107,7 @@ class Files:
     def write(self, request: Request) -> bytes:
         handle, offset, size, how, _, flags = WRITE_IN.unpack(request.data, ARGUMENTS)
         file = self._opened.file(handle)
-        self._share.require_writable()
+        self._share.require_writable(file.inode)
         if size > MAX_TRANSFER:
             raise failure(errno.EINVAL)
         data = request.payload(_DATA, size)
@@ -148,7 +148,7 @@ class Files:
     def fallocate(self, request: Request) -> Answer:
         handle, offset, length, mode = FALLOCATE_IN.unpack(request.data, ARGUMENTS)
         file = self._opened.file(handle)
-        self._share.require_writable()
+        self._share.require_writable(file.inode)
         if offset >= 1 << 63 or length >= 1 << 63:
             raise failure(errno.EFBIG)
 
@@ -171,7 +171,7 @@ class Files:
     def copy_file_range(self, request: Request) -> Answer:
         handle, offset, _, to_handle, to_offset, length, flags = COPY_FILE_RANGE_IN.unpack(request.data, ARGUMENTS)
         source, destination = self._opened.file(handle), self._opened.file(to_handle)
-        self._share.require_writable()
+        self._share.require_writable(destination.inode)
         if flags:
             raise failure(errno.EINVAL)
         length = min(length, _MAX_COPY)
@@ -211,9 +211,9 @@ class Files:
         return self._locks.set(file, owner, start, end, kind)
 
     def syncfs(self, request: Request) -> Answer:
-        if self._share.read_only:
-            return b""
         inode = self._share.inodes.get(request.node)
+        if inode.export.read_only:
+            return b""
         if inode.kind != stat.S_IFDIR:
             raise failure(errno.EINVAL)
         path = host.proc_path(self._share.inodes.descriptor(inode))

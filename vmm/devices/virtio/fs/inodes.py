@@ -18,8 +18,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
 import stat
+import tempfile
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from typing import Any, Final
@@ -29,6 +31,7 @@ from vmm.devices.virtio.fs import host, protocol
 MAX_KNOWN: Final = 1 << 20  #: nodes that a guest may know at a time
 MAX_DEPTH: Final = 4096  #: parents that are looked at to open a node by name
 _EVICTED_AT_ONCE: Final = 64
+_DIRECTORY_FLAGS: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _PATH_FLAGS: Final = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 _SUBMOUNT_SHIFT: Final = 48
 
@@ -38,6 +41,27 @@ Identification = tuple[int, int]  #: st_dev, st_ino
 def failure(code: int) -> OSError:
     """The exception for an errno."""
     return OSError(code, os.strerror(code))
+
+
+class Export:
+    """What one part of the share is served by.
+
+    Attributes:
+        number: 0 for the share's own directory.
+        name: in the top directory.
+        read_only: the guest can only read.
+        override_stat: owner, mode and kind of its files are in an extended attribute.
+        removed: it is not served any more.
+        inode: the directory or file itself; None for the share's own directory.
+    """
+
+    def __init__(self, number: int, name: bytes, read_only: bool, override_stat: bool = False) -> None:
+        self.number = number
+        self.name = name
+        self.read_only = read_only
+        self.override_stat = override_stat
+        self.removed = False
+        self.inode: Inode | None = None
 
 
 class Inode:
@@ -58,6 +82,7 @@ class Inode:
 
     __slots__ = (
         "descriptor",
+        "export",
         "handle",
         "identification",
         "kind",
@@ -70,8 +95,11 @@ class Inode:
         "warm",
     )
 
-    def __init__(self, node: int, identification: Identification, kind: int, parent: int, name: bytes) -> None:
+    def __init__(
+        self, node: int, identification: Identification, kind: int, parent: int, name: bytes, export: Export
+    ) -> None:
         self.node = node
+        self.export = export
         self.identification = identification
         self.kind = kind
         self.descriptor = -1
@@ -84,31 +112,51 @@ class Inode:
         self.warm = True
 
 
+def _open_nowhere() -> int:
+    """A descriptor of an empty directory that has no name any more, so that nothing can be put there."""
+    path = tempfile.mkdtemp(prefix="kata-lab-share-")
+    try:
+        return os.open(path, _DIRECTORY_FLAGS)
+    finally:
+        os.rmdir(path)
+
+
 class Inodes:
     """The table of nodes.
 
+    A file that two exports have in common is two nodes, with inode numbers that differ, since what may be done to it
+    depends on where the guest found it.
+
     Args:
-        root: path of the share.
+        root: path of the share, None for a top directory that has nothing but exports.
+        read_only: of what is below the root itself.
         limit: how many O_PATH descriptors may be open; files in use can exceed it.
 
     Raises:
         OSError: the share cannot be opened.
     """
 
-    def __init__(self, root: os.PathLike[str], limit: int) -> None:
+    def __init__(self, root: os.PathLike[str] | None, read_only: bool, limit: int) -> None:
         self._limit = max(limit, 8)
         self._by_node: dict[int, Inode] = {}
-        self._by_identification: dict[Identification, Inode] = {}
+        self._by_identification: dict[tuple[int, Identification], Inode] = {}  # by number of the export as well
+        #: Whether the top directory holds exports and nothing else.
+        self.virtual = root is None
+        self._base = Export(0, b"", read_only or self.virtual)
+        #: Directories and files that appear in the top directory, by name.
+        self.exports: dict[bytes, Export] = {}
+        self._export_numbers = itertools.count(1)
         self._open: OrderedDict[int, Inode] = OrderedDict()
         self._next_node = protocol.ROOT + 1
         self._mounts: dict[int, int] = {}  # mount number → descriptor that open_by_handle_at accepts
-        self._devices: dict[int, int] = {}  # st_dev → what is put into the upper bits of inode numbers
+        # Number of the export and st_dev → what is put into the upper bits of inode numbers.
+        self._devices: dict[tuple[int, int], int] = {}
         #: Descriptors that were closed to stay below the limit, and opened again.
         self.evicted = self.reopened = 0
-        self._root_descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._root_descriptor = _open_nowhere() if root is None else os.open(root, _DIRECTORY_FLAGS)
         try:
             status = os.fstat(self._root_descriptor)
-            self._devices[status.st_dev] = 0
+            self._devices[0, status.st_dev] = 0
             known = host.file_handle(self._root_descriptor)
             self._by_handle = known is not None and self._may_open_by_handle(known)
             if known is not None and self._by_handle:
@@ -127,11 +175,11 @@ class Inodes:
 
     def _make_root(self, status: os.stat_result) -> None:
         identification = (status.st_dev, status.st_ino)
-        root = Inode(protocol.ROOT, identification, stat.S_IFMT(status.st_mode), 0, b"")
+        root = Inode(protocol.ROOT, identification, stat.S_IFMT(status.st_mode), 0, b"", self._base)
         root.descriptor = self._root_descriptor
         root.lookups = 1
         root.uses = 1
-        self._by_node[protocol.ROOT] = self._by_identification[identification] = root
+        self._by_node[protocol.ROOT] = self._by_identification[0, identification] = root
         self.root = root
 
     def __len__(self) -> int:
@@ -152,7 +200,7 @@ class Inodes:
             OSError: ESTALE, the guest was never told of it or forgot it.
         """
         inode = self._by_node.get(node)
-        if inode is None:
+        if inode is None or inode.export.removed:
             raise failure(errno.ESTALE)
         return inode
 
@@ -167,19 +215,51 @@ class Inodes:
             self._reopen(inode)
         return inode.descriptor
 
-    def number(self, status: os.stat_result) -> int:
+    def number(self, inode: Inode, status: os.stat_result) -> int:
         """The inode number that the guest sees."""
-        return status.st_ino ^ self._upper(status.st_dev)
+        return status.st_ino ^ self._upper(inode.export, status.st_dev)
 
     def upper_bits(self, inode: Inode) -> int:
-        """What distinguishes inode numbers of the mount that ``inode`` is on."""
-        return self._upper(inode.identification[0])
+        """What distinguishes inode numbers of the export and mount that ``inode`` is on."""
+        return self._upper(inode.export, inode.identification[0])
 
-    def _upper(self, device: int) -> int:
-        upper = self._devices.get(device)
+    def _upper(self, export: Export, device: int) -> int:
+        upper = self._devices.get((export.number, device))
         if upper is None:
-            upper = self._devices[device] = (len(self._devices) & 0xFFFF) << _SUBMOUNT_SHIFT
+            upper = self._devices[export.number, device] = (len(self._devices) & 0xFFFF) << _SUBMOUNT_SHIFT
         return upper
+
+    def add(self, name: bytes, path: os.PathLike[str], read_only: bool, override_stat: bool) -> None:
+        """Let a directory or file of the host appear as ``name`` in the top directory. The name is checked already.
+
+        Raises:
+            OSError: EEXIST, the name is taken; and whatever the host says of the path.
+        """
+        if name in self.exports:
+            raise failure(errno.EEXIST)
+        export = Export(next(self._export_numbers), name, read_only, override_stat)
+        inode, _ = self._enter(self.open(os.fsencode(path), os.O_PATH | os.O_CLOEXEC), protocol.ROOT, name, export)
+        # Its descriptor stays open, and the node there, for as long as it is exported.
+        inode.uses += 1
+        inode.lookups += 1
+        export.inode = inode
+        self.exports[name] = export
+
+    def remove(self, name: bytes) -> None:
+        """Undo :meth:`add`: what the guest knows below it is ESTALE from now on.
+
+        Raises:
+            OSError: ENOENT, there is no export of that name.
+        """
+        export = self.exports.pop(name, None)
+        if export is None:
+            raise failure(errno.ENOENT)
+        export.removed = True
+        if export.inode is not None:
+            export.inode.uses -= 1
+            self.forget(export.inode.node, 1)
+        for inode in [each for each in self._open.values() if each.export is export and not each.uses]:
+            self._release(inode)
 
     def status(self, inode: Inode) -> os.stat_result:
         """``stat`` of the file itself."""
@@ -191,37 +271,59 @@ class Inodes:
         Raises:
             OSError: ENOENT and whatever else the host says; ENFILE, the guest knows too many files.
         """
+        if directory is self.root and name in self.exports:
+            return self._lookup_export(self.exports[name])
         # A known file whose descriptor is open keeps its inode number, so that the number tells that it is this one.
         status = os.stat(name, dir_fd=self.descriptor(directory), follow_symlinks=False)
-        inode = self._by_identification.get((status.st_dev, status.st_ino))
+        export = directory.export
+        inode = self._by_identification.get((export.number, (status.st_dev, status.st_ino)))
         if inode is None or inode.descriptor < 0:
-            inode, status = self._enter(self.open(name, _PATH_FLAGS, directory=directory), directory.node, name)
+            descriptor = self.open(name, _PATH_FLAGS, directory=directory)
+            inode, status = self._enter(descriptor, directory.node, name, export)
         inode.parent, inode.name = directory.node, name
         inode.warm = True
         inode.lookups += 1
         return inode, status
 
+    def top_entries(self) -> list[host.DirectoryEntry]:
+        """The top directory's entries, where it has nothing but exports."""
+        upper = self.upper_bits(self.root)
+        found = [(self.root.identification[1], stat.S_IFDIR, b"."), (self.root.identification[1], stat.S_IFDIR, b"..")]
+        for export in self.exports.values():
+            if export.inode is not None:
+                number = self.number(export.inode, self.status(export.inode)) ^ upper
+                found.append((number, export.inode.kind, export.name))
+        return [
+            host.DirectoryEntry(number, place, kind >> 12, name)
+            for place, (number, kind, name) in enumerate(found, start=1)
+        ]
+
+    def _lookup_export(self, export: Export) -> tuple[Inode, os.stat_result]:
+        assert export.inode is not None
+        export.inode.lookups += 1
+        return export.inode, self.status(export.inode)
+
     def adopt(self, descriptor: int, directory: Inode, name: bytes) -> tuple[Inode, os.stat_result]:
         """Count that the guest knows the file that is open as ``descriptor``, which stays the caller's."""
         own = self.open(host.proc_path(descriptor), os.O_PATH | os.O_CLOEXEC)
-        inode, status = self._enter(own, directory.node, name)
+        inode, status = self._enter(own, directory.node, name, directory.export)
         inode.lookups += 1
         return inode, status
 
-    def _enter(self, descriptor: int, directory: int, name: bytes) -> tuple[Inode, os.stat_result]:
+    def _enter(self, descriptor: int, directory: int, name: bytes, export: Export) -> tuple[Inode, os.stat_result]:
         try:
             status = os.fstat(descriptor)
             identification = (status.st_dev, status.st_ino)
-            inode = self._by_identification.get(identification)
+            inode = self._by_identification.get((export.number, identification))
             if inode is not None and inode.descriptor >= 0:
                 os.close(descriptor)
                 return inode, status
             if inode is None or not self._is_still(inode, descriptor):
                 if len(self._by_node) >= MAX_KNOWN:
                     raise failure(errno.ENFILE)
-                inode = Inode(self._next_node, identification, stat.S_IFMT(status.st_mode), directory, name)
+                inode = Inode(self._next_node, identification, stat.S_IFMT(status.st_mode), directory, name, export)
                 self._next_node += 1
-                self._by_node[inode.node] = self._by_identification[identification] = inode
+                self._by_node[inode.node] = self._by_identification[export.number, identification] = inode
         except BaseException:
             os.close(descriptor)
             raise
@@ -341,7 +443,7 @@ class Inodes:
             status = os.stat(name, dir_fd=self.descriptor(directory), follow_symlinks=False)
         except OSError:
             return
-        inode = self._by_identification.get((status.st_dev, status.st_ino))
+        inode = self._by_identification.get((directory.export.number, (status.st_dev, status.st_ino)))
         if inode is not None:
             inode.parent, inode.name = directory.node, name
 
@@ -349,6 +451,10 @@ class Inodes:
         """The guest forgets ``node`` that many times; returns it if that was for good. Unknown ids are nothing."""
         inode = self._by_node.get(node)
         if inode is None or node == protocol.ROOT:
+            return None
+        if inode is inode.export.inode and not inode.export.removed:
+            # The share itself knows it, however often a guest forgets it.
+            inode.lookups = max(inode.lookups - count, 1)
             return None
         inode.lookups -= min(count, inode.lookups)
         if inode.lookups:
@@ -358,17 +464,22 @@ class Inodes:
 
     def _remove(self, inode: Inode) -> None:
         del self._by_node[inode.node]
-        if self._by_identification.get(inode.identification) is inode:
-            del self._by_identification[inode.identification]
+        key = inode.export.number, inode.identification
+        if self._by_identification.get(key) is inode:
+            del self._by_identification[key]
         if self._open.pop(inode.node, None) is not None:
             os.close(inode.descriptor)
             inode.descriptor = -1
 
     def clear(self) -> None:
-        """Forget everything but the root."""
+        """Forget everything but the root and the exports."""
+        kept = [self.root, *(export.inode for export in self.exports.values())]
         for inode in list(self._by_node.values()):
-            if inode is not self.root:
+            if inode not in kept:
                 self._remove(inode)
+        for export in self.exports.values():
+            if export.inode is not None:
+                export.inode.lookups = 1
         for mount, descriptor in list(self._mounts.items()):
             if descriptor != self._root_descriptor:
                 os.close(descriptor)
@@ -378,7 +489,7 @@ class Inodes:
         """Every node but the root, as plain data from which :meth:`restore` finds the files again."""
         saved = []
         for inode in self._by_node.values():
-            if inode is self.root:
+            if inode is self.root or inode.export.removed:
                 continue
             if inode.handle is None and inode.descriptor >= 0:
                 inode.handle = host.file_handle(inode.descriptor)
@@ -390,6 +501,7 @@ class Inodes:
                     "lookups": inode.lookups,
                     "parent": inode.parent,
                     "name": inode.name,
+                    "export": inode.export.name,
                     "handle": None if inode.handle is None else inode.handle.handle,
                 }
             )
@@ -401,18 +513,34 @@ class Inodes:
         mount = next(iter(self._mounts), -1)
         for each in saved:
             device, number = each["identification"]
-            inode = Inode(each["node"], (device, number), each["kind"], each["parent"], each["name"])
+            export = self.exports.get(each["export"]) if each["export"] else self._base
+            if export is None:
+                continue  # ESTALE, unless its owner adds the export before
+            if export.inode is not None and each["parent"] == protocol.ROOT and each["name"] == export.name:
+                self._renumber(export.inode, each["node"], each["lookups"])
+                continue
+            inode = Inode(each["node"], (device, number), each["kind"], each["parent"], each["name"], export)
             inode.lookups = each["lookups"]
             if each["handle"] is not None:
                 # Mounts have other numbers in another boot of the host; files of the share's own are found by handle.
                 on_root = device == self.root.identification[0]
                 inode.handle = host.FileHandle(mount if on_root else -1, each["handle"])
-            self._by_node[inode.node] = self._by_identification[inode.identification] = inode
+            self._by_node[inode.node] = self._by_identification[export.number, inode.identification] = inode
             self._next_node = max(self._next_node, inode.node + 1)
+
+    def _renumber(self, inode: Inode, node: int, lookups: int) -> None:
+        """An export's own node, by the number that the guest knows it by."""
+        del self._by_node[inode.node]
+        if self._open.pop(inode.node, None) is not None:
+            self._open[node] = inode
+        inode.node, inode.lookups = node, lookups
+        self._by_node[node] = inode
+        self._next_node = max(self._next_node, node + 1)
 
     def close(self) -> None:
         """Close every descriptor. A second time this does nothing."""
         if self._root_descriptor >= 0:
+            self.exports.clear()
             self.clear()
             self._mounts.clear()
             os.close(self._root_descriptor)

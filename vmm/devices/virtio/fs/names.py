@@ -167,6 +167,8 @@ class Names:
         checked(old)
         checked(new)
         source, destination = self._writable(request.node), self._share.directory(target)
+        if source.export is not destination.export:
+            raise failure(errno.EXDEV)
         with self._inodes.both(source, destination) as (one, other):
             host.rename(one, old, other, new, flags)
         self._inodes.moved(destination, new)
@@ -180,6 +182,8 @@ class Names:
         directory, inode = self._writable(request.node), self._inodes.get(node)
         if inode.kind == stat.S_IFDIR:
             raise failure(errno.EPERM)
+        if inode.export is not directory.export:
+            raise failure(errno.EXDEV)
         with self._inodes.both(directory, inode) as (above, descriptor):
             # The last component is no symbolic link but what leads to the descriptor's own file.
             os.link(host.proc_path(descriptor), name, dst_dir_fd=above, follow_symlinks=True)
@@ -243,5 +247,6 @@ class Names:
         return share.entry_out(inode, status) + OPEN_OUT.pack(handle, direct)
 
     def _writable(self, node: int) -> Inode:
-        self._share.require_writable()
-        return self._share.directory(node)
+        directory = self._share.directory(node)
+        self._share.require_writable(directory)
+        return directory

@@ -79,6 +79,23 @@ class Directory:
         self.place = self._waiting.popleft().cookie
 
 
+class TopDirectory(Directory):
+    """The top directory of a share that has nothing but exports, as it was when it was opened."""
+
+    def __init__(self, inode: Inode, descriptor: int, entries: list[host.DirectoryEntry]) -> None:
+        super().__init__(inode, descriptor)
+        self._entries = entries
+
+    def seek(self, cookie: int) -> None:
+        self.place = cookie
+
+    def peek(self, reader: host.DirectoryReader) -> host.DirectoryEntry | None:
+        return self._entries[self.place] if 0 <= self.place < len(self._entries) else None
+
+    def take(self) -> None:
+        self.place += 1
+
+
 class Opened:
     """The table of file handles.
 
@@ -144,7 +161,10 @@ class Opened:
         if inode.kind != 0o040000:
             raise failure(errno.ENOTDIR)
         path = host.proc_path(self._inodes.descriptor(inode))
-        return self._add(Directory(inode, self._inodes.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)))
+        descriptor = self._inodes.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        if self._inodes.virtual and inode is self._inodes.root:
+            return self._add(TopDirectory(inode, descriptor, self._inodes.top_entries()))
+        return self._add(Directory(inode, descriptor))
 
     def _add(self, opened: File | Directory) -> int:
         handle = self._next

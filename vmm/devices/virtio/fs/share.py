@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -118,11 +119,31 @@ Answer = bytes | Filled | Slow | Waiting | None
 Operation = Callable[[Request], Answer]
 
 
+OVERRIDE: Final = b"user.containers.override_stat"
+"""The attribute in which container tools that are not root keep what a file is to a container: ``uid:gid:mode``, and
+the kind of a special file, as in ``0:0:644``, ``0:0:666:char-1-3`` or ``0:0:644:pipe``. It is not shown to guests."""
+
+_OVERRIDE: Final = re.compile(
+    rb"(?P<uid>\d{1,10}):(?P<gid>\d{1,10}):(?P<mode>[0-7]{1,6})"
+    rb"(?::(?P<kind>file|dir|symlink|pipe|fifo|socket|char|block)(?:-(?P<major>\d{1,10})-(?P<minor>\d{1,10}))?)?"
+)
+_KINDS: Final = {
+    b"file": stat.S_IFREG,
+    b"dir": stat.S_IFREG,
+    b"symlink": stat.S_IFREG,
+    b"pipe": stat.S_IFIFO,
+    b"fifo": stat.S_IFIFO,
+    b"socket": stat.S_IFSOCK,
+    b"char": stat.S_IFCHR,
+    b"block": stat.S_IFBLK,
+}
+
+
 class Share:
     """A host directory that is served to one guest.
 
     Args:
-        path: the directory.
+        path: the directory; None for a top directory in which there is only what :meth:`FsDevice.add` puts there.
         read_only: the guest can only read.
         cache: ``"none"``, ``"auto"`` or ``"always"``.
         descriptors: how many of the host's descriptors may be used, 0 for a quarter of what the process may have.
@@ -131,7 +152,7 @@ class Share:
         OSError: the directory cannot be opened.
     """
 
-    def __init__(self, path: os.PathLike[str], read_only: bool, cache: str, descriptors: int = 0) -> None:
+    def __init__(self, path: os.PathLike[str] | None, read_only: bool, cache: str, descriptors: int = 0) -> None:
         descriptors = max(descriptors or host.raise_descriptor_limit() // 4, _MINIMUM_DESCRIPTORS)
         self.read_only = read_only
         self.cache = cache
@@ -142,7 +163,7 @@ class Share:
         self.validity = {"none": 0, "auto": 1, "always": _DAY}[cache]
         self.identity = host.Identity()
         self.reader = host.DirectoryReader()
-        self.inodes = Inodes(path, min(descriptors // 2, 1 << 16))
+        self.inodes = Inodes(path, read_only, min(descriptors // 2, 1 << 16))
         self.opened = Opened(self.inodes, min(descriptors // 2, 1 << 15))
         self.locks = Locks(self.inodes, min(descriptors // 16, 1 << 10))
 
@@ -163,9 +184,9 @@ class Share:
         self.forget()
         self.inodes.close()
 
-    def require_writable(self) -> None:
-        """Raise EROFS for a read-only share."""
-        if self.read_only:
+    def require_writable(self, inode: Inode) -> None:
+        """Raise EROFS for what is in a read-only share or export."""
+        if inode.export.read_only:
             raise failure(errno.EROFS)
 
     def directory(self, node: int) -> Inode:
@@ -175,14 +196,18 @@ class Share:
             raise failure(errno.ENOTDIR)
         return inode
 
-    def attributes(self, status: os.stat_result) -> tuple[int, ...]:
+    def attributes(self, inode: Inode, status: os.stat_result) -> tuple[int, ...]:
         """The fields of fuse_attr."""
+        mode, uid, gid, device = status.st_mode, status.st_uid, status.st_gid, status.st_rdev
+        if inode.export.override_stat and (told := self.overridden(inode, status)) is not None:
+            mode, uid, gid, device = told
+        else:
+            uid, gid = self.identity.guest_uid(uid), self.identity.guest_gid(gid)
         access, access_rest = divmod(status.st_atime_ns, _NANOSECONDS)
         modification, modification_rest = divmod(status.st_mtime_ns, _NANOSECONDS)
         change, change_rest = divmod(status.st_ctime_ns, _NANOSECONDS)
-        device = status.st_rdev
         return (
-            self.inodes.number(status),
+            self.inodes.number(inode, status),
             status.st_size,
             status.st_blocks,
             access,
@@ -191,23 +216,48 @@ class Share:
             access_rest,
             modification_rest,
             change_rest,
-            status.st_mode,
+            mode,
             status.st_nlink & 0xFFFF_FFFF,
-            self.identity.guest_uid(status.st_uid),
-            self.identity.guest_gid(status.st_gid),
+            uid,
+            gid,
             encode_device(device) if device else 0,
             status.st_blksize,
             0,
         )
 
-    def attr_out(self, status: os.stat_result) -> bytes:
+    def overridden(self, inode: Inode, status: os.stat_result) -> tuple[int, int, int, int] | None:
+        """Mode, owner, group and device that the file's attribute tells; None if it has none, or nonsense."""
+        if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
+            return None  # Linux keeps user attributes for these kinds only
+        try:
+            text = os.getxattr(host.proc_path(self.inodes.descriptor(inode)), OVERRIDE)
+        except OSError:
+            return None
+        found = _OVERRIDE.fullmatch(text)
+        if found is None:
+            return None
+        kind, device = stat.S_IFMT(status.st_mode), 0
+        if found["kind"] is not None and stat.S_ISREG(status.st_mode):
+            kind = _KINDS[found["kind"]]
+            if found["major"] is not None:
+                device = os.makedev(int(found["major"]) & 0xFFF, int(found["minor"]) & 0xFFFFF)
+        uid, gid = int(found["uid"]) & 0xFFFF_FFFF, int(found["gid"]) & 0xFFFF_FFFF
+        return kind | int(found["mode"], 8) & 0o7777, uid, gid, device
+
+    def permissions(self, inode: Inode, status: os.stat_result) -> tuple[int, int, int]:
+        """Mode, owner and group as the guest sees them."""
+        if inode.export.override_stat and (told := self.overridden(inode, status)) is not None:
+            return told[:3]
+        return status.st_mode, self.identity.guest_uid(status.st_uid), self.identity.guest_gid(status.st_gid)
+
+    def attr_out(self, inode: Inode, status: os.stat_result) -> bytes:
         """The reply of GETATTR and SETATTR."""
-        return ATTR_OUT.pack(self.validity, 0, *self.attributes(status))
+        return ATTR_OUT.pack(self.validity, 0, *self.attributes(inode, status))
 
     def entry_out(self, inode: Inode, status: os.stat_result) -> bytes:
         """The reply of LOOKUP and of everything that makes a name."""
         valid = self.validity
-        return ENTRY_OUT.pack(inode.node, 0, valid, valid, 0, 0, *self.attributes(status))
+        return ENTRY_OUT.pack(inode.node, 0, valid, valid, 0, 0, *self.attributes(inode, status))
 
     def entry(self, directory: Inode, name: bytes) -> bytes:
         """Look ``name`` up, count it, and say what it is."""
