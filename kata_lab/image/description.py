@@ -8,6 +8,7 @@ module exists is found out by :mod:`kata_lab.image.build`, which knows the archi
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import hashlib
 import json
@@ -19,6 +20,7 @@ from typing import Any, Literal
 
 from kata_lab.errors import ImageError
 from kata_lab.image.boot import APPEND
+from kata_lab.paths import cache_directory
 
 Format = Literal["initramfs", "erofs", "ext4"]
 
@@ -255,11 +257,25 @@ def _user(data: dict[str, Any]) -> User:
 def _validator() -> Any:
     from jsonschema import Draft202012Validator
 
-    schema = json.loads((Path(__file__).parent / "descriptions" / _SCHEMA).read_text("utf-8"))
-    return Draft202012Validator(schema)
+    return Draft202012Validator(json.loads(_schema_text()))
+
+
+@cache
+def _schema_text() -> str:
+    return (Path(__file__).parent / "descriptions" / _SCHEMA).read_text("utf-8")
 
 
 def _check_schema(data: Any, origin: str) -> None:
+    # What passed once passes again: loading the validator takes longer than starting a sandbox.
+    passed = cache_directory() / "descriptions" / f"{_digest([_schema_text(), data])}.passed"
+    if not passed.exists():
+        _validate(data, origin)
+        with contextlib.suppress(OSError):
+            passed.parent.mkdir(exist_ok=True)
+            passed.touch()
+
+
+def _validate(data: Any, origin: str) -> None:
     found = sorted(_validator().iter_errors(data), key=lambda error: (len(error.absolute_path), error.json_path))
     if found:
         error = found[0]
