@@ -16,15 +16,16 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
-from typing import Final
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
 
 from kata_lab.errors import KataLabError
 from kata_lab.protocol.proto import load
 from kata_lab.shim.records import ShimDirectory
-from kata_lab.ttrpc.server import Server
+from kata_lab.ttrpc.server import Call, Handler, Server
 
 FAREWELL_SECONDS: Final = 10.0  #: that those who are attached have to read the last of the output
+ANSWER_SECONDS: Final = 0.01  #: between the end of a call and its answer on its way
 
 _log = logging.getLogger("kata_lab.shim")
 
@@ -102,6 +103,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+class _Calls:
+    """Counts the calls under way, so that their answers are out before the shim ends."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self.none = asyncio.Event()
+        self.none.set()
+
+    def counted(self, handlers: Mapping[str, Handler]) -> dict[str, Handler]:
+        return {name: self._counted(handler) for name, handler in handlers.items()}
+
+    def _counted(self, handler: Handler) -> Handler:
+        async def answer(request: dict[str, Any], call: Call) -> dict[str, Any] | None:
+            self._count += 1
+            self.none.clear()
+            try:
+                return await handler(request, call)
+            finally:
+                self._count -= 1
+                if not self._count:
+                    # The server sends the answer in the same step of the loop, but for a slow reader.
+                    asyncio.get_running_loop().call_later(ANSWER_SECONDS, self._look)
+
+        return answer
+
+    def _look(self) -> None:
+        if not self._count:
+            self.none.set()
+
+
 async def serve(
     sandbox_id: str,
     container_ids: Sequence[str],
@@ -136,9 +167,9 @@ async def serve(
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         loop.add_signal_handler(number, shim.over.set)
     server = Server(load("task.proto", "lab.proto"))
-    lab = LabService(shim)
-    server.add(TASK, TaskService(shim).handlers)
-    server.add(LAB, lab.handlers)
+    calls = _Calls()
+    server.add(TASK, calls.counted(TaskService(shim).handlers))
+    server.add(LAB, calls.counted(LabService(shim).handlers))
     try:
         if container_ids:
             starting = asyncio.create_task(shim.start(container_ids))
@@ -155,10 +186,10 @@ async def serve(
                 if readiness.tell():
                     _log.info("serves")
                     await shim.over.wait()
-                    with contextlib.suppress(TimeoutError):
-                        await asyncio.wait_for(lab.nobody_attached.wait(), FAREWELL_SECONDS)
             finally:
                 await shim.stop()
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(calls.none.wait(), FAREWELL_SECONDS)
                 # Whoever is told that the connection has ended finds nothing left.
                 directory.remove()
                 _log.info("ends")

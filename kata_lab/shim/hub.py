@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import enum
 import time
+from collections import deque
 from collections.abc import AsyncIterator
 from typing import Final
 
@@ -29,24 +30,44 @@ class Viewer:
 
     def __init__(self, hub: Hub) -> None:
         self._hub = hub
-        self._waiting: asyncio.Queue[tuple[Stream, bytes] | None] = asyncio.Queue(WAITING_PIECES)
+        self._pieces: deque[tuple[Stream, bytes]] = deque()
+        self._changed = asyncio.Event()
+        self._room = asyncio.Event()
         self._closed = False
+        self._over = False
 
-    async def put(self, item: tuple[Stream, bytes] | None) -> None:
-        """Hand over output, or None for the end."""
+    async def put(self, piece: tuple[Stream, bytes]) -> None:
+        """Hand over output; waits while too much is waiting already."""
+        while len(self._pieces) >= WAITING_PIECES and not self._closed:
+            self._room.clear()
+            await self._room.wait()
         if not self._closed:
-            await self._waiting.put(item)
+            self._pieces.append(piece)
+            self._changed.set()
+
+    def finish(self) -> None:
+        """Nothing more comes."""
+        self._over = True
+        self._changed.set()
 
     async def __aiter__(self) -> AsyncIterator[tuple[Stream, bytes]]:
-        while (item := await self._waiting.get()) is not None:
-            yield item
+        while True:
+            if self._pieces:
+                piece = self._pieces.popleft()
+                self._room.set()
+                yield piece
+            elif self._over:
+                return
+            else:
+                self._changed.clear()
+                await self._changed.wait()
 
     def close(self) -> None:
         """See no more; whoever waits to hand over goes on."""
         self._closed = True
         self._hub.leave(self)
-        while not self._waiting.empty():
-            self._waiting.get_nowait()
+        self._pieces.clear()
+        self._room.set()
 
 
 class Hub:
@@ -61,11 +82,11 @@ class Hub:
         self._viewers: set[Viewer] = set()
         self._over = False
 
-    async def view(self) -> Viewer:
+    def view(self) -> Viewer:
         """A new viewer; it sees the end at once where that has passed."""
         viewer = Viewer(self)
         if self._over:
-            await viewer.put(None)
+            viewer.finish()
         else:
             self._viewers.add(viewer)
         return viewer
@@ -81,8 +102,8 @@ class Hub:
         for viewer in tuple(self._viewers):
             await viewer.put((stream, data))
 
-    async def finish(self) -> None:
+    def finish(self) -> None:
         """Nothing more comes."""
         self._over = True
-        for viewer in tuple(self._viewers):
-            await viewer.put(None)
+        for viewer in self._viewers:
+            viewer.finish()

@@ -31,10 +31,6 @@ class LabService:
 
     def __init__(self, shim: Shim) -> None:
         self._shim = shim
-        self._attached = 0
-        #: Set while nobody is attached, so that the last words reach everyone before the shim ends.
-        self.nobody_attached = asyncio.Event()
-        self.nobody_attached.set()
 
     @property
     def handlers(self) -> dict[str, Handler]:
@@ -60,9 +56,7 @@ class LabService:
         if process.ended.is_set():
             text = f"the process of container {first['id']} has ended with status {process.status}: start it first"
             raise RpcError(StatusCode.FAILED_PRECONDITION, text)
-        viewer = await process.hub.view()
-        self._attached += 1
-        self.nobody_attached.clear()
+        viewer = process.hub.view()
         typing = asyncio.create_task(_take(process, first, messages), name="attached-input")
         try:
             await call.send({"attached": True})
@@ -73,9 +67,6 @@ class LabService:
             viewer.close()
             typing.cancel()
             await asyncio.gather(typing, return_exceptions=True)
-            self._attached -= 1
-            if not self._attached:
-                self.nobody_attached.set()
 
     async def _logs(self, request: dict[str, Any], call: Call) -> None:
         task = self._shim.find(request["id"])

@@ -12,7 +12,7 @@ from typing import Final
 from kata_lab.errors import KataLabError
 from kata_lab.shim.records import ShimDirectory
 
-PROGRAM: Final = ("-m", "kata_lab.shim")
+PROGRAM: tuple[str, ...] = ("-m", "kata_lab.shim")
 _READY: Final = 3
 
 
@@ -26,15 +26,15 @@ class StartingShim:
     Args:
         sandbox_id: its sandbox.
         container_ids: containers with records that it begins with.
-        program: arguments to Python.
+        program: arguments to Python; PROGRAM if there are none.
     """
 
-    def __init__(self, sandbox_id: str, container_ids: Sequence[str], program: Sequence[str] = PROGRAM) -> None:
+    def __init__(self, sandbox_id: str, container_ids: Sequence[str], program: Sequence[str] = ()) -> None:
         self._directory = ShimDirectory(sandbox_id)
         # What a dead one left.
         self._directory.remove()
         self._directory.make()
-        arguments = [sys.executable, *program, "--id", sandbox_id, "--ready", str(_READY)]
+        arguments = [sys.executable, *(program or PROGRAM), "--id", sandbox_id, "--ready", str(_READY)]
         for each in container_ids:
             arguments += ["--container", each]
         self._reader, writer = os.pipe()

@@ -10,10 +10,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import signal
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -30,6 +30,7 @@ from kata_lab.ttrpc import RpcError, StatusCode
 
 LONGEST_DELAY: Final = 60.0  #: seconds before a container is started again; doubles from one
 STEADY_SECONDS: Final = 600.0  #: after running so long a container starts again without delay
+LONGEST_HOST_NAME: Final = 63  #: as in DNS, RFC 1035, 2.3.4
 MOST_EXECS: Final = 512  #: of one container that are known at once
 
 _log = logging.getLogger(__name__)
@@ -428,10 +429,13 @@ class Shim:
             self.over.set()
 
     async def _note(self, task: Task) -> None:
-        if task.record is not None and task.directory is not None:
+        if task.record is None or task.directory is None:
+            return
+        async with task.noting:
+            # What is true now, so that of several writes the last one is right.
             task.record.state = task.state
             task.record.creator = None
-            await asyncio.to_thread(task.directory.write, task.record)
+            await asyncio.to_thread(task.directory.write, replace(task.record))
 
 
 def _request(record: ContainerRecord) -> dict[str, Any]:
@@ -449,4 +453,4 @@ def _stop(record: ContainerRecord) -> int:
 
 def _host_name(name: str) -> str:
     """As a guest's kernel takes it."""
-    return name.replace("_", "-")[: os.sysconf("SC_HOST_NAME_MAX")]
+    return name.replace("_", "-")[:LONGEST_HOST_NAME]

@@ -92,7 +92,7 @@ class TaskProcess:
             raise
         if not files:
             return []
-        return [asyncio.create_task(copy_outputs(await self.hub.view(), files), name=f"output-{self.exec_id}")]
+        return [asyncio.create_task(copy_outputs(self.hub.view(), files), name=f"output-{self.exec_id}")]
 
     def _spawn(self, work: Any) -> None:
         task = asyncio.create_task(work)
@@ -117,7 +117,7 @@ class TaskProcess:
         except Exception:
             _log.exception("what follows the end of %s failed", self.exec_id or "a container")
         self.ended.set()
-        await self.hub.finish()
+        self.hub.finish()
 
     async def _pump(self, source: OutputStream, stream: Stream, end: asyncio.Task[int]) -> None:
         """Hand output on until its end; where a child of the process keeps it open, until it is quiet."""
@@ -200,7 +200,7 @@ class TaskProcess:
         if self.status is None:
             self.status, self.exited_at = UNKNOWN_STATUS, time.time()
         self.ended.set()
-        await self.hub.finish()
+        self.hub.finish()
 
 
 @dataclass(slots=True)
@@ -224,6 +224,7 @@ class Task:
         directory, record: on disk, for those that ``kata-lab`` made.
         execs: by name.
         order: calls that change its state come one after the other.
+        noting: so do writes of its record.
         release: gives back what belongs to it on the host.
     """
 
@@ -236,6 +237,7 @@ class Task:
     record: ContainerRecord | None = None
     execs: dict[str, ExecTask] = field(default_factory=dict)
     order: asyncio.Lock = field(default_factory=asyncio.Lock)
+    noting: asyncio.Lock = field(default_factory=asyncio.Lock)
     release: Callable[[], None] = lambda: None
 
     def find(self, exec_id: str) -> TaskProcess:
