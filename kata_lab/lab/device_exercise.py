@@ -192,7 +192,7 @@ def check_counting(device: Any, image: str = "toolbox", boot: bool = True) -> Fe
         return not_right(f"DEVICE_ID is {device.DEVICE_ID!r}: which number is an entropy source's (virtio 1.2, 5)?")
     try:
         problem = _try_by_hand(device)
-    except (LabError, VmmError, TypeError, AttributeError, ValueError) as error:
+    except (LabError, VmmError, TypeError, AttributeError, ValueError, NotImplementedError) as error:
         return not_right(f"the device cannot be plugged in. {type(error).__name__}: {error}")
     if problem is not None:
         return problem
@@ -201,6 +201,7 @@ def check_counting(device: Any, image: str = "toolbox", boot: bool = True) -> Fe
     return _try_in_guest(device, image)
 
 
+_LEAST_ENTRIES: Final = 4
 _ROUNDS: Final = (
     ("the first buffer, of 10 bytes", ((10,),)),
     ("the second buffer, of 20 bytes", ((20,),)),
@@ -215,6 +216,8 @@ def _try_by_hand(device: type[VirtioDevice]) -> Feedback | None:
     for _ in range(2):  # a second one begins anew
         with HandDriver(_made(device)) as driver:
             driver.start()
+            if driver.size < _LEAST_ENTRIES:
+                return not_right(f"The queue has {driver.size} entries; give the driver {_LEAST_ENTRIES} or more.")
             count = 0
             for what, buffers in _ROUNDS:
                 raised = driver.interrupts

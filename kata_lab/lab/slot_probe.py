@@ -91,6 +91,11 @@ class Stopped(Generic[T]):
         """Whether the guest still stands still."""
         return self._probe.stopped is self
 
+    @property
+    def served(self) -> bool:
+        """Whether the device has done its work."""
+        return self._after is not None or not self.still
+
     def serve(self) -> Frame:
         """Let the device do its work; the queue afterwards, at which the guest stands still once more. A second call
         gives the same.
