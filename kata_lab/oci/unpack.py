@@ -18,7 +18,8 @@ regular file                              ``user.overlay.opaque`` is then ``x``;
 ========================================  ======================================================================
 
 so that layers have one form whoever unpacks them, and are always mounted with ``userxattr`` (Debian's guest kernel is
-6.12). An image's own attributes of these names are left out.
+6.12). A whiteout is only made where the lower layers show something, for overlayfs would list another one as a file. An
+image's own attributes of these names are left out.
 
 Directories that only occur as part of a longer name get owner and mode from the lower layers, for otherwise the upper
 layer's would be seen; where the lower ones have none, they are root's, 0755. Kept: owner, permissions with set-user-ID,
@@ -150,7 +151,6 @@ class LayerWriter:
         if name.startswith(_AUFS_PREFIX) and name != OPAQUE_MARK:
             return
         with self._writing(info.name):
-            self._need_directory(parent)
             if name == OPAQUE_MARK:
                 self._opaque.add(parent)
             elif name.startswith(WHITEOUT_PREFIX):
@@ -159,6 +159,7 @@ class LayerWriter:
                     raise self._refused(info.name, "it must hide a file, and names none")
                 self._whiteouts.add(f"{parent}/{hidden}".lstrip("/"))
             else:
+                self._need_directory(parent)
                 self._write(archive, info, path)
 
     @contextmanager
@@ -308,12 +309,17 @@ class LayerWriter:
     def _finish(self) -> None:
         """Whiteouts, and then the directories' own attributes, the deepest first."""
         extended = False
+        self._opaque = {path for path in self._opaque if not self._is_gone(path)}
+        for path in self._opaque:
+            with self._writing(path):
+                self._need_directory(path)
         for path in sorted(self._whiteouts):
-            kind = self._kinds.get(path)
-            if kind == stat.S_IFDIR:
+            parent = path.rpartition("/")[0]
+            if self._kinds.get(path) == stat.S_IFDIR:
                 self._opaque.add(path)
-            elif kind is None and path.rpartition("/")[0] not in self._opaque:
+            elif path not in self._kinds and not self._is_gone(parent) and self._is_seen(path):
                 with self._writing(path):
+                    self._need_directory(parent)
                     extended |= self._hide(path)
         if extended and "" not in self._opaque:
             set_xattr(self._directory, OPAQUE, b"x")
@@ -321,6 +327,17 @@ class LayerWriter:
             set_xattr(self._directory / path, OPAQUE, b"y")
         for path in sorted(self._directories, reverse=True):
             write_attributes(self._directory / path, self._directories[path], self._mapped)
+
+    def _is_gone(self, path: str) -> bool:
+        """Whether nothing is left of what lower layers have at a path: a whiteout or another file is in its place."""
+        return any(
+            self._kinds[each] != stat.S_IFDIR if each in self._kinds else each in self._whiteouts
+            for each in _and_above(path)
+        )
+
+    def _is_seen(self, path: str) -> bool:
+        """Whether lower layers show a file there; a whiteout of nothing would be seen in the directory's list."""
+        return not any(each in self._opaque for each in _and_above(path)) and self._lower.find(path) is not None
 
     def _hide(self, path: str) -> bool:
         """Make a whiteout; true when it needed an attribute."""
@@ -333,6 +350,12 @@ class LayerWriter:
             set_xattr(place.parent, OPAQUE, b"x")
             return True
         return False
+
+
+def _and_above(path: str) -> Iterator[str]:
+    """The root, and all on the way to a path, the path itself at last."""
+    parts = path.split("/") if path else []
+    return ("/".join(parts[:count]) for count in range(len(parts) + 1))
 
 
 def _is_kept(name: str) -> bool:
