@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from kata_lab.lab.machines import Machines
     from kata_lab.lab.memory_view import address_table, draw_touched, touched_bytes
     from kata_lab.lab.picture import Picture, Table
+    from kata_lab.lab.queue_view import QueueView
     from kata_lab.lab.registers import code_table, register_table, step_table, take_steps
     from kata_lab.lab.slot_probe import SlotProbe, Stopped, traced
     from kata_lab.lab.tree import draw_tree
@@ -53,6 +54,7 @@ _HOMES = {
     "machines": ("Machines",),
     "memory_view": ("address_table", "draw_touched", "touched_bytes"),
     "picture": ("Picture", "Table"),
+    "queue_view": ("QueueView",),
     "registers": ("code_table", "register_table", "step_table", "take_steps"),
     "slot_probe": ("SlotProbe", "Stopped", "traced"),
     "tree": ("draw_tree",),
@@ -67,6 +69,7 @@ __all__ = [
     "Machines",
     "Outcome",
     "Picture",
+    "QueueView",
     "SlotProbe",
     "Stopped",
     "Table",

@@ -9,17 +9,15 @@ terminal, a script, a notebook that is only read) the view is the text so far. E
 from __future__ import annotations
 
 import html
-import importlib.util
 import re
-import threading
 from types import TracebackType
 from typing import Any, Final
 
 from kata_lab.lab.picture import Picture
+from kata_lab.lab.redraw import Redraw, widgets_can_run
 from vmm.console import Console
 from vmm.errors import VmmError
 
-REDRAW_SECONDS: Final = 0.05
 LINES: Final = 400
 _ESCAPES: Final = re.compile(r"\x1b(\[[0-?]*[ -/]*[@-~]|[@-Z\\-_])|[\x00-\x07\x0b-\x0c\x0e-\x1f\x7f]")
 _STYLE: Final = "background:#111;color:#eee;padding:8px;margin:0;overflow:auto;white-space:pre-wrap;font-size:12px"
@@ -42,12 +40,11 @@ class ConsoleView:
     def __init__(self, console: Console, height: int = 18) -> None:
         self._console = console
         self._height = height
-        self._lock = threading.Lock()
-        self._redraw: threading.Timer | None = None
         self._screen: Any = None
         self._widget: Any = None
-        if _widgets_can_run():
+        if widgets_can_run():
             self._build()
+        self._redraw = Redraw(self._draw, "console-view")
         console.subscribe(self._printed)
 
     @property
@@ -66,12 +63,7 @@ class ConsoleView:
     def close(self) -> None:
         """Draw a last time and stop listening; a second call does nothing."""
         self._console.unsubscribe(self._printed)
-        with self._lock:
-            waiting, self._redraw = self._redraw, None
-        if waiting is not None:
-            waiting.cancel()
-            waiting.join()
-        self._draw()
+        self._redraw.close()
 
     def __enter__(self) -> ConsoleView:
         return self
@@ -93,19 +85,10 @@ class ConsoleView:
 
     def _printed(self, data: bytes) -> None:
         """On the guest's thread: see to it that somebody draws soon."""
-        if self._screen is None or self._redraw is not None:
-            return
-        with self._lock:
-            if self._redraw is None:
-                self._redraw = threading.Timer(REDRAW_SECONDS, self._draw)
-                self._redraw.name = "console-view"
-                self._redraw.daemon = True
-                self._redraw.start()
+        if self._screen is not None:
+            self._redraw.soon()
 
     def _draw(self) -> None:
-        # Before the text is taken, so that what is printed from now on is drawn again.
-        with self._lock:
-            self._redraw = None
         if self._screen is not None:
             self._screen.value = _markup(self.text, self._height)
 
@@ -132,17 +115,6 @@ class ConsoleView:
         line.observe(typed, names="value")
         interrupt.on_click(interrupted)
         self._widget = widgets.VBox([self._screen, widgets.HBox([line, interrupt]), said])
-
-
-def _widgets_can_run() -> bool:
-    """Whether this is a notebook's kernel with ipywidgets."""
-    if importlib.util.find_spec("ipywidgets") is None:
-        return False
-    try:
-        from IPython import get_ipython
-    except ImportError:
-        return False
-    return hasattr(get_ipython(), "kernel")
 
 
 def _plain(text: str, lines: int) -> str:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 QUEUE_NOTIFY: Final = 0x050
+INTERRUPT_ACK: Final = 0x064
 KEPT_ACCESSES: Final = 4096
 _POLL: Final = 0.05  # seconds; the end of a VM wakes nobody
 _PATIENCE: Final = 60.0  # seconds for a step of the guest
@@ -146,6 +147,7 @@ class SlotProbe:
                 each.device.close()
         self._name = name
         self.accesses: deque[Access] = deque(maxlen=KEPT_ACCESSES)
+        self._listeners: tuple[Callable[[Access], None], ...] = ()
         #: The request at which the guest stands still, if it does.
         self.stopped: Stopped[Any] | None = None
         self._changed = threading.Condition()
@@ -162,16 +164,21 @@ class SlotProbe:
     def read(self, offset: int, width: int) -> int:
         """Pass a read on, and note it."""
         value = self.slot.read(offset, width)
-        self.accesses.append(Access(False, offset, width, value))
+        self._note(Access(False, offset, width, value))
         return value
 
     def write(self, offset: int, width: int, value: int) -> None:
         """Note a write and pass it on; a notification may be made to wait."""
-        self.accesses.append(Access(True, offset, width, value & (1 << 8 * width) - 1))
+        self._note(Access(True, offset, width, value & (1 << 8 * width) - 1))
         if offset == QUEUE_NOTIFY and self._wish is not None:
             self._notification(offset, width, value)
         else:
             self.slot.write(offset, width, value)
+
+    def _note(self, access: Access) -> None:
+        self.accesses.append(access)
+        for listener in self._listeners:
+            listener(access)
 
     def _notification(self, offset: int, width: int, value: int) -> None:
         frame = take_frame(self.slot, value) if value < len(self.slot.device.queues) else None
@@ -214,6 +221,14 @@ class SlotProbe:
                 self._changed.wait(_POLL)
 
     # What the notebook calls.
+
+    def subscribe(self, listener: Callable[[Access], None]) -> None:
+        """Call ``listener`` with every access, on the vCPU's thread: with a write before the device has it."""
+        self._listeners = (*self._listeners, listener)
+
+    def unsubscribe(self, listener: Callable[[Access], None]) -> None:
+        """Undo :meth:`subscribe`; nothing if it did not listen."""
+        self._listeners = tuple(each for each in self._listeners if each != listener)
 
     def frame(self, number: int = 0) -> Frame:
         """Queue ``number`` as it is now; of a guest that runs, a moment ago."""

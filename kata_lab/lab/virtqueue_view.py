@@ -110,13 +110,14 @@ class Frame:
 def take_frame(slot: VirtioMmio, number: int) -> Frame:
     """What queue ``number`` of a slot is now; nothing is changed by looking."""
     queue = slot.device.queues[number]
-    view = queue.view()
     waiting: list[Walk] = []
-    if view["ready"]:
-        size, taken = view["size"], view["next_available"]
-        for each in range(min((view["available_index"] - taken) & 0xFFFF, size)):
-            head = view["available"][(taken + each) % size]
-            waiting.append(follow(queue.memory, view["table"], head))
+    with slot.device.lock:  # so that the driver does not take the queue away meanwhile
+        view = queue.view()
+        if view["ready"]:
+            size, taken = view["size"], view["next_available"]
+            for each in range(min((view["available_index"] - taken) & 0xFFFF, size)):
+                head = view["available"][(taken + each) % size]
+                waiting.append(follow(queue.memory, view["table"], head))
     return Frame(number, view, tuple(waiting), slot.read(0x070, 4), slot.read(0x060, 4))
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from kata_lab.lab.device_exercise import capture_request, check_reading
 from kata_lab.lab.machines import LabError
+from kata_lab.lab.queue_view import QueueView
 from kata_lab.lab.slot_probe import SlotProbe
 from kata_lab.lab.virtqueue_view import Frame
 from kata_lab.shell import GuestShell, ShellError, boot_image
@@ -131,6 +134,35 @@ def test_a_probe_that_is_taken_out_leaves_the_slot_as_it_was(guest: Guest) -> No
 def test_a_device_that_is_not_there_is_refused_with_those_that_are(guest: Guest) -> None:
     with pytest.raises(LabError, match="no device 'disc'; it has disk"):
         SlotProbe(guest[0], "disc")
+
+
+def test_a_live_view_follows_the_queue(guest: Guest, monkeypatch: pytest.MonkeyPatch) -> None:
+    vm, shell = guest
+    monkeypatch.setattr("IPython.get_ipython", lambda: SimpleNamespace(kernel=object()))
+    with SlotProbe(vm, "disk") as probe, QueueView(probe) as view:
+        shell.run("dd if=/dev/vda of=/dev/null bs=4096 count=50 iflag=direct", check=True)
+        deadline = time.monotonic() + 10
+        while "50 buffers used, 50 notifications, 50 interrupts" not in view._screen.value:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+        assert (view.buffers, view.notifications, view.interrupts) == (50, 50, 50)
+        assert "application/vnd.jupyter.widget-view+json" in view._repr_mimebundle_()
+        view.close()
+        shell.run(READ, check=True)
+        assert (view.notifications, view.interrupts) == (50, 50)
+        view.close()
+
+
+def test_without_widgets_a_live_view_is_the_picture_of_now(guest: Guest) -> None:
+    vm, shell = guest
+    with SlotProbe(vm, "disk") as probe, QueueView(probe) as view:
+        shell.run(READ, check=True)
+        bundle = view._repr_mimebundle_()
+
+    assert "1 buffers used, 1 notifications, 1 interrupts." in bundle["text/plain"]
+    assert "<svg" in bundle["text/html"]
+    assert not any("widget" in kind for kind in bundle)
 
 
 @pytest.mark.parametrize("seed", [0, 1])
