@@ -81,6 +81,8 @@ class Hub:
         self._log = log
         self._viewers: set[Viewer] = set()
         self._over = False
+        #: When the process first wrote something (``time.monotonic``); 0 before.
+        self.first_output = 0.0
 
     def view(self) -> Viewer:
         """A new viewer; it sees the end at once where that has passed."""
@@ -97,6 +99,7 @@ class Hub:
 
     async def publish(self, stream: Stream, data: bytes) -> None:
         """The process wrote something; returns when every viewer has room for more."""
+        self.first_output = self.first_output or time.monotonic()
         if self._log is not None:
             self._log.write(Piece(time.time(), stream.value, data))
         for viewer in tuple(self._viewers):

@@ -100,7 +100,7 @@ class LabService:
         }
 
     async def _timeline(self, request: dict[str, Any], call: Call) -> dict[str, Any]:
-        steps = self._shim.sandbox.timeline
+        steps = self._shim.timeline
         return {"milestones": [{"name": name, "at_us": max(round(at * 1e6), 0)} for name, at in steps]}
 
     async def _metrics(self, request: dict[str, Any], call: Call) -> dict[str, Any]:

@@ -32,8 +32,8 @@ async def metrics_text(shim: Shim) -> str:
     states = [task.state for task in shim.tasks.values()]
     counts = {f'state="{each}"': states.count(each) for each in ("created", "running", "paused", "stopped")}
     lines += _metric("kata_lab_containers", "gauge", "Containers of the sandbox.", counts)
-    marks = {f'milestone="{_escaped(name)}"': at for name, at in sandbox.timeline}
-    lines += _metric("kata_lab_start_seconds", "gauge", "From the start's beginning to a milestone.", marks)
+    marks = {f'milestone="{_escaped(name)}"': at for name, at in shim.timeline}
+    lines += _metric("kata_lab_start_seconds", "gauge", "From the start of the process to a milestone.", marks)
     text: str = "\n".join(lines) + "\n"
     try:
         text += str((await sandbox.agent.call("GetMetrics", AGENT_SECONDS))["metrics"])

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -20,6 +21,7 @@ from typing import Any, Final
 from kata_lab.errors import KataLabError
 from kata_lab.resource.sizing import size_for
 from kata_lab.runtime import Sandbox, SandboxConfig
+from kata_lab.runtime.state import ProcessIdentity
 from kata_lab.shim.hub import Hub
 from kata_lab.shim.output_log import OutputLog
 from kata_lab.shim.records import UNKNOWN_STATUS, ContainerDirectory, ContainerRecord
@@ -31,6 +33,7 @@ from kata_lab.ttrpc import RpcError, StatusCode
 LONGEST_DELAY: Final = 60.0  #: seconds before a container is started again; doubles from one
 STEADY_SECONDS: Final = 600.0  #: after running so long a container starts again without delay
 LONGEST_HOST_NAME: Final = 63  #: as in DNS, RFC 1035, 2.3.4
+MOST_MARKS: Final = 100  #: of the time line
 MOST_EXECS: Final = 512  #: of one container that are known at once
 
 _log = logging.getLogger(__name__)
@@ -60,6 +63,18 @@ class Shim:
         self._again: dict[str, asyncio.Task[None]] = {}
         self._wanted_to_end: set[str] = set()
         self._watch: asyncio.Task[None] | None = None
+        self._marks = [("process", _process_began()), ("shim runs", time.monotonic())]
+        self._sandbox_began = 0.0
+
+    @property
+    def timeline(self) -> list[tuple[str, float]]:
+        """What happened when: name and seconds since the process began, in order."""
+        steps = [*self._marks]
+        steps += [(name, self._sandbox_began + at) for name, at in self.sandbox.timeline]
+        for task in self.tasks.values():
+            if task.process.hub.first_output:
+                steps.append((f"first output of {task.id}", task.process.hub.first_output))
+        return sorted(((name, at - self._marks[0][1]) for name, at in steps), key=lambda each: each[1])
 
     @property
     def sandbox(self) -> Sandbox:
@@ -71,6 +86,10 @@ class Shim:
         if self._sandbox is None:
             raise RpcError(StatusCode.FAILED_PRECONDITION, f"sandbox {self.id} has no container yet: create one")
         return self._sandbox
+
+    def _mark(self, name: str) -> None:
+        self._marks.append((name, time.monotonic()))
+        del self._marks[MOST_MARKS:]
 
     # The sandbox.
 
@@ -88,6 +107,7 @@ class Shim:
                 found = await asyncio.to_thread(prepare, _request(record))
                 self._prepared[record.id] = found
                 prepared.append(found)
+            self._mark("root file systems ready")
             hostname = records[0].pod or records[0].name if records else ""
             await self._start_sandbox([each.spec for each in prepared], hostname)
             for record in records:
@@ -102,6 +122,7 @@ class Shim:
             id=self.id, vcpus=size.vcpus, memory_mib=size.memory_mib, hostname=_host_name(hostname or self.id)
         )
         sandbox = self._make_sandbox(config)
+        self._sandbox_began = time.monotonic()
         await sandbox.start()
         self._sandbox = sandbox
         self._watch = asyncio.create_task(self._watch_sandbox(sandbox), name="watch-sandbox")
@@ -184,6 +205,7 @@ class Shim:
             record.stop_signal = prepared.stop_signal
             record.reason, record.status, record.out_of_memory = "", None, False
             record.started = record.finished = 0.0
+            self._mark(f"{container_id} created")
             await self._note(task)
         return task
 
@@ -225,6 +247,7 @@ class Shim:
                 await self._ended(task, str(error))
                 await task.process.abandon()
                 raise
+            self._mark(f"{task_id} started")
             # It may have ended by now.
             if task.state == "created":
                 task.state = "running"
@@ -436,6 +459,14 @@ class Shim:
             task.record.state = task.state
             task.record.creator = None
             await asyncio.to_thread(task.directory.write, replace(task.record))
+
+
+def _process_began() -> float:
+    """When this process was started, on the clock of time.monotonic(), to a hundredth of a second."""
+    identity = ProcessIdentity.of(os.getpid())
+    assert identity is not None
+    age = time.clock_gettime(time.CLOCK_BOOTTIME) - identity.started / os.sysconf("SC_CLK_TCK")
+    return time.monotonic() - age
 
 
 def _request(record: ContainerRecord) -> dict[str, Any]:
