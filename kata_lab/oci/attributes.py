@@ -36,6 +36,7 @@ _OVERRIDE_FORM = re.compile(
     rb"(:(?P<type>file|dir|symlink|pipe|socket|(?P<device>char|block)-(?P<major>\d{1,10})-(?P<minor>\d{1,10})))?"
 )
 _TYPE_NAMES = {stat.S_IFREG: "file", stat.S_IFDIR: "dir", stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket"}
+_TOO_LARGE = (errno.ENOSPC, errno.ERANGE, errno.E2BIG)
 _NO_ATTRIBUTES = (errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
@@ -152,6 +153,11 @@ def set_xattr(path: Path, name: str, value: bytes) -> None:
             raise OciError(
                 f"the file system of {path.parent} keeps no extended attributes {name!r}: set {HOME_VARIABLE} to a "
                 "directory on one that does, such as ext4, xfs or btrfs"
+            ) from error
+        if error.errno in _TOO_LARGE:
+            raise OciError(
+                f"the attribute {name!r} of {path.name!r} has {len(value)} bytes: it must be so short that the file "
+                "system takes it beside the others (ext4 some 4000 bytes in all)"
             ) from error
         raise
 

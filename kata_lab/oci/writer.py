@@ -48,7 +48,7 @@ class LayerArchive:
 
     def __init__(self) -> None:
         self._data = io.BytesIO()
-        self._archive = tarfile.open(fileobj=self._data, mode="w", format=tarfile.PAX_FORMAT)  # noqa: SIM115
+        self._archive = tarfile.TarFile(fileobj=self._data, mode="w", format=tarfile.PAX_FORMAT)
 
     def directory(
         self, path: str, mode: int = 0o755, uid: int = 0, gid: int = 0, xattrs: Mapping[str, bytes] | None = None

@@ -21,7 +21,7 @@ from tests.kata_lab.oci.layer_cases import base, layout, opened, upper
 
 
 def _archive(directory: Path, file: Path, mode: str = "w") -> Path:
-    with tarfile.open(file, mode) as archive:  # type: ignore[call-overload]
+    with tarfile.open(file, mode) as archive:
         archive.add(directory, ".")
     return file
 

@@ -11,6 +11,7 @@ import pytest
 
 from kata_lab.oci import OciError, import_image, list_images, open_image, prune, remove_image
 from kata_lab.oci.image import store_directory
+from kata_lab.oci.writer import LayerArchive
 from tests.kata_lab.oci.conftest import need
 from tests.kata_lab.oci.layer_cases import base, layout, random_layers, upper
 
@@ -150,8 +151,8 @@ def test_processes_at_once_import_and_prune_without_harm(tmp_path: Path) -> None
 
 
 def test_killed_import_leaves_nothing_half_done(tmp_path: Path) -> None:
-    def large(archive: object) -> None:
-        archive.file("large", os.urandom(8 << 20))  # type: ignore[attr-defined]
+    def large(archive: LayerArchive) -> None:
+        archive.file("large", os.urandom(8 << 20))
 
     reference = layout(tmp_path / "layout", base, large)
     code = "import sys; from kata_lab.oci import import_image; print(flush=True); import_image(sys.argv[1], 'box')"

@@ -300,6 +300,14 @@ def test_member_that_comes_again_replaces_the_first(tmp_path: Path) -> None:
     assert stat.S_IMODE((place / "three").stat().st_mode) == 0o711
 
 
+def test_attribute_that_is_too_large_is_refused(tmp_path: Path) -> None:
+    layer = LayerArchive()
+    layer.file("file", b"", xattrs={"user.large": bytes(70_000)})
+
+    with pytest.raises(OciError, match=r"'user\.large' of 'file' has 70000 bytes"):
+        _unpack(layer.finish(), tmp_path / "layer")
+
+
 def test_root_goes_into_a_new_directory_only(tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full/file").touch()
