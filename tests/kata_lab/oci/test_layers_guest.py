@@ -6,34 +6,50 @@ import hashlib
 import os
 import stat
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
-from kata_lab.oci import unpack_rootfs
+from kata_lab.oci import ImageHandle, unpack_rootfs
+from kata_lab.oci.attributes import read_attributes
 from kata_lab.shell import GuestShell, boot_image
 from tests.kata_lab.oci.layer_cases import base, opened, random_layers, upper
 from vmm.config import FsConfig
+from vmm.devices.virtio.fs.device import FsDevice
 
 LIST = r"""cd /merged && find . ! -name . | while IFS= read -r name; do
-    if [ -L "$name" ]; then echo "$name link $(readlink "$name")"
-    elif [ -d "$name" ]; then echo "$name directory"
-    elif [ -p "$name" ]; then echo "$name pipe"
-    elif [ -f "$name" ]; then echo "$name file $(sha256sum < "$name" | cut -c1-64)"
-    else echo "$name other"; fi
+    owned=$(stat -c '%u:%g %a' "$name")
+    if [ -L "$name" ]; then echo "$name  link $(readlink "$name")"
+    elif [ -d "$name" ]; then echo "$name $owned directory"
+    elif [ -p "$name" ]; then echo "$name $owned pipe"
+    elif [ -f "$name" ]; then echo "$name $owned file $(sha256sum < "$name" | cut -c1-64)"
+    else echo "$name $owned other"; fi
 done"""
 
 
 class Guest:
     """A guest that shares a directory with us."""
 
-    def __init__(self, shell: GuestShell, share: Path) -> None:
+    def __init__(self, shell: GuestShell, device: FsDevice, share: Path) -> None:
         self.shell = shell
+        self.device = device
         self.share = share
+        self._count = 0
 
-    def shown(self, layers: list[Path], options: tuple[str, ...]) -> list[str]:
-        """What the guest sees in an overlay of layers, whose upper directory is empty."""
-        lower = ":".join(f"/share/{each.relative_to(self.share)}" for each in reversed(layers))
+    def shown(self, image: ImageHandle) -> list[str]:
+        """What the guest sees in an overlay of an image's layers, whose upper directory is empty."""
+        with ExitStack() as removed:
+            names = []
+            for layer in image.layers():
+                self._count += 1
+                names.append(f"layer{self._count}")
+                self.device.add(names[-1], layer, read_only=True, override_stat=image.override_stat)
+                removed.callback(self.device.remove, names[-1])
+            return self._listed([f"/share/{name}" for name in reversed(names)], image)
+
+    def _listed(self, layers: list[str], image: ImageHandle) -> list[str]:
+        lower, options = ":".join(layers), image.overlay_options
         mount = ",".join([*options, f"lowerdir={lower}", "upperdir=/scratch/upper", "workdir=/scratch/work"])
         self.shell.run(
             "mkdir -p /scratch /merged && mount -t tmpfs none /scratch && mkdir /scratch/upper /scratch/work && "
@@ -49,22 +65,25 @@ class Guest:
 @pytest.fixture(scope="module")
 def guest(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Guest]:
     share = tmp_path_factory.mktemp("share")
-    with boot_image("toolbox", devices=[FsConfig(name="share", path=share, tag="share")], memory_mib=256) as (_, shell):
+    with boot_image("toolbox", devices=[FsConfig(name="share", path=None, tag="share")], memory_mib=256) as (vm, shell):
         shell.run("mkdir -p /share && mount -t virtiofs share /share", check=True)
-        yield Guest(shell, share)
+        device = vm.machine.device("share")
+        assert isinstance(device, FsDevice)
+        yield Guest(shell, device, share)
 
 
-def _expected(root: Path) -> list[str]:
+def _expected(root: Path, mapped: bool) -> list[str]:
     found = []
     for path in root.rglob("*"):
-        mode = path.lstat().st_mode
-        if stat.S_ISLNK(mode):
+        attributes = read_attributes(path, mapped)
+        if stat.S_ISLNK(attributes.mode):
             what = f"link {os.readlink(path)}"
-        elif stat.S_ISREG(mode):
+        elif stat.S_ISREG(attributes.mode):
             what = f"file {hashlib.sha256(path.read_bytes()).hexdigest()}"
         else:
-            what = "directory" if stat.S_ISDIR(mode) else "pipe"
-        found.append(f"./{path.relative_to(root)} {what}")
+            what = "directory" if stat.S_ISDIR(attributes.mode) else "pipe"
+        owned = f"{attributes.uid}:{attributes.gid} {stat.S_IMODE(attributes.mode):o}"
+        found.append(f"./{path.relative_to(root)} {'' if stat.S_ISLNK(attributes.mode) else owned} {what}")
     return sorted(found)
 
 
@@ -85,6 +104,7 @@ def test_guest_shows_layers_as_they_are_flattened(
         with opened(tmp_path / f"layout{number}", *fills) as image:
             unpack_rootfs(image, tmp_path / f"flat{number}")
 
-            shown = guest.shown(image.layers(), image.overlay_options)
+            shown = guest.shown(image)
+            expected = _expected(tmp_path / f"flat{number}", image.override_stat)
 
-        assert shown == _expected(tmp_path / f"flat{number}")
+        assert shown == expected
