@@ -295,7 +295,7 @@ def _draw_used(frame: Frame, body: list[str], said: list[str]) -> int:
     for row, position in enumerate(_window(last, size)):
         head, written = view["used"][position % size]
         newest = index > 0 and position == last
-        mark = "  new" if newest else ""
+        mark = " latest" if newest else ""
         body.append(
             _box(840, row, 185, f"[{position % size}] {head}, {written} bytes{mark}", YELLOW if newest else "white")
         )
