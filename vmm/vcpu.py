@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 KINDS: dict[ExitReason, str] = {reason: reason.name.lower().replace("_", " ") for reason in ExitReason}
 """What the trace and the metrics call each exit reason."""
 
+_MMIO_WRITE = ExitReason.MMIO_WRITE
+_LAST_MMIO = int(_MMIO_WRITE)
 REMEMBERED_FAULTS = 8
 ENDLESS_PAUSE = 0.01  #: seconds that a hart rests which only another hart's change of its code could release
 
@@ -248,10 +250,21 @@ class Vcpu:
     def _guest(self) -> None:
         """Run guest code and serve its exits until somebody asks for the thread."""
         run, trace, counts = self.hart.run, self._trace, self._exits
+        read, write, complete_read = self._bus.read, self._bus.write, self.hart.complete_read
         while not self._attention:
             ended = run()
-            reason = ended.reason
+            reason = ended[0]
             counts[reason] += 1
+            # Accesses to devices by the shortest way: a request takes several of them.
+            if not trace.enabled and reason <= _LAST_MMIO:
+                try:
+                    if reason is _MMIO_WRITE:
+                        write(ended[1], ended[2], ended[3])
+                    else:
+                        complete_read(read(ended[1], ended[2]))
+                except BusError as error:
+                    self._bus_fault(error)
+                continue
             if trace.enabled:
                 began = time.monotonic_ns()
                 kind, name = KINDS[reason], self._exit_name(ended)

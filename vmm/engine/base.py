@@ -7,7 +7,7 @@ A vCPU executes guest code until something needs the VMM and returns an :class:`
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
 class ExitReason(enum.IntEnum):
@@ -25,8 +25,7 @@ class ExitReason(enum.IntEnum):
     ENDLESS = 10  #: a jump to itself with interrupts off, which only another hart can end
 
 
-@dataclass(frozen=True, slots=True)
-class Exit:
+class Exit(NamedTuple):
     """One return from guest code. ``width`` is in bytes; ``address`` is guest-physical."""
 
     reason: ExitReason

@@ -46,6 +46,13 @@ MASK64 = (1 << 64) - 1
 TIMEBASE_HZ = 10_000_000
 MAX_HARTS = 32
 UNLIMITED = (1 << 63) - 1
+
+# Words of a hart's state that every exit touches.
+_PENDING, _EXIT_KIND, _BUDGET_END, _LIMIT = At.PENDING >> 3, At.EXIT_KIND >> 3, At.BUDGET_END >> 3, At.LIMIT >> 3
+_EXIT_ADDRESS, _EXIT_WIDTH, _EXIT_VALUE = At.EXIT_ADDRESS >> 3, At.EXIT_WIDTH >> 3, At.EXIT_VALUE >> 3
+_LAST_MMIO = int(ExitReason.MMIO_WRITE)
+_new_exit = tuple.__new__  # without the steps of a named tuple's own constructor
+_REASONS = (ExitReason.INTERNAL_ERROR, *ExitReason)  # by number; nothing ends with 0
 EXACT_SPAN = 1 << 14  #: so close to the end of a budget, instructions are executed one by one
 NANOSECONDS = 1_000_000_000
 _MAP_NORESERVE = 0x4000
@@ -79,6 +86,11 @@ class Zeroed:
     def close(self) -> None:
         """Unmap; nothing may use the address any more."""
         self._map.close()
+
+
+def _raw_words(address: int, count: int) -> memoryview:
+    """64-bit words at a host address, as signed integers, which is the quickest way to reach them."""
+    return memoryview((ctypes.c_int64 * count).from_address(address)).cast("B").cast("q")
 
 
 class Words:
@@ -155,6 +167,8 @@ class Hart:
         self._engine = engine
         self._address = address
         self._state: Words | Gone = Words(address, At.SIZE // 8)
+        self._raw: memoryview | Gone = _raw_words(address, At.SIZE // 8)
+        self._enter_code = engine.bind_run(address)
         self._wake = threading.Event()
         self.x: Words | Gone = IntegerRegisters(address + At.X, 32)
         self.f: Words | Gone = Words(address + At.F, 32)
@@ -241,14 +255,19 @@ class Hart:
         Raises:
             ConfigError: a negative budget.
         """
-        if self._get(At.PENDING) == PENDING_NONE and self._get(At.EXIT_KIND) in (
-            ExitReason.MMIO_READ,
-            ExitReason.MMIO_WRITE,
-        ):
-            self._set(At.PENDING, PENDING_DONE)
-        self._set(At.EXIT_KIND, 0)
+        # A device's driver comes here several times for each request, hence no more steps than needed.
+        raw = self._raw
+        if raw[_EXIT_KIND] and raw[_PENDING] == PENDING_NONE and raw[_EXIT_KIND] <= _LAST_MMIO:
+            raw[_PENDING] = PENDING_DONE
+        raw[_EXIT_KIND] = 0
         if budget is None:
-            return self._enter(UNLIMITED)
+            raw[_BUDGET_END] = UNLIMITED
+            raw[_LIMIT] = 0
+            reason = self._enter_code()
+            if reason <= _LAST_MMIO:
+                access = raw[_EXIT_ADDRESS] & MASK64, raw[_EXIT_WIDTH], raw[_EXIT_VALUE] & MASK64
+                return _new_exit(Exit, (_REASONS[reason], *access, ()))
+            return self._other_exit(reason)
         if budget < 0:
             raise ConfigError(f"a budget of {budget} instructions cannot be run; it must be 0 or more")
         end = self.instructions + budget
@@ -267,20 +286,22 @@ class Hart:
         return self.run(1)
 
     def _enter(self, end: int) -> Exit:
-        self._set(At.BUDGET_END, end)
-        self._set(At.LIMIT, 0)
-        reason = self._engine.call_run(self._address)
-        if reason in (ExitReason.MMIO_READ, ExitReason.MMIO_WRITE):
-            return Exit(
-                ExitReason(reason), self._get(At.EXIT_ADDRESS), self._get(At.EXIT_WIDTH), self._get(At.EXIT_VALUE)
-            )
+        raw = self._raw
+        raw[_BUDGET_END] = end
+        raw[_LIMIT] = 0
+        reason = self._enter_code()
+        if reason <= _LAST_MMIO:
+            return Exit(_REASONS[reason], raw[_EXIT_ADDRESS] & MASK64, raw[_EXIT_WIDTH], raw[_EXIT_VALUE] & MASK64)
+        return self._other_exit(reason)
+
+    def _other_exit(self, reason: int) -> Exit:
         if reason == ExitReason.HALTED:
             # WFI is over when whatever ends it is looked at: an interrupt returns behind it.
             self._skip(4)
             return Exit(ExitReason.HALTED)
         if reason == ExitReason.SBI_CALL:
             return Exit(ExitReason.SBI_CALL, args=tuple(self.x[index] for index in range(10, 18)))
-        return Exit(ExitReason(reason))
+        return Exit(_REASONS[reason])
 
     def _skip(self, length: int) -> None:
         self._set(At.PC, self.pc + length)
@@ -288,9 +309,9 @@ class Hart:
 
     def complete_read(self, value: int) -> None:
         """The answer to an MMIO_READ exit."""
-        width = self._get(At.EXIT_WIDTH)
-        self._set(At.EXIT_VALUE, value & (1 << 8 * width) - 1)
-        self._set(At.PENDING, PENDING_DONE)
+        raw = self._raw
+        raw[_EXIT_VALUE] = _signed(value & (1 << 8 * raw[_EXIT_WIDTH]) - 1)
+        raw[_PENDING] = PENDING_DONE
 
     def bus_fault(self) -> None:
         """No device answers the access that led to the last exit: the guest gets a load or store access fault."""
@@ -394,7 +415,9 @@ class Hart:
 
     def forget(self) -> None:
         """Let go of the memory that holds this hart's state: from here on every use is an error."""
-        self._state = self.x = self.f = Gone()
+        gone = Gone()
+        self._state = self._raw = self.x = self.f = gone
+        self._enter_code = gone
 
 
 def _signed(value: int) -> int:
@@ -460,6 +483,7 @@ class Rv64Engine:
         "call_overwrite_range": 3,
     }
     call_run: Callable[..., int]
+    bind_run: Callable[[int], Callable[[], int]]
     call_post: Callable[..., int]
     call_translate: Callable[..., int]
     call_flush_tlb: Callable[..., int]
@@ -473,6 +497,7 @@ class Rv64Engine:
         for name, arguments in self.CALLS.items():
             entry = name.removeprefix("call_")
             setattr(self, name, code.bind(entry, arguments, releases_gil=entry == "run"))
+        self.bind_run = lambda address: code.bind_to("run", address)
 
     def _map(self, harts: int) -> None:
         pages = self.memory.size // PAGE_SIZE

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import fcntl
+import functools
 import hashlib
 import importlib.util
 import os
@@ -174,6 +175,21 @@ class Library:
             return int(result.value)
 
         return call
+
+    def bind_to(self, name: str, argument: int) -> Callable[[], int]:
+        """A Python callable for an entry point of one int64 argument, which is always this one; it releases the GIL.
+        Not for two threads at once."""
+        result = ctypes.c_int64()
+        kind = ctypes.CFUNCTYPE(ctypes.c_int32, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
+        # Arguments that are converted already.
+        arguments = ctypes.c_void_p(ctypes.addressof(result)), ctypes.c_void_p(), ctypes.c_int64(argument)
+        call = functools.partial(kind(self._addresses[name]), *arguments)
+
+        def enter() -> int:
+            call()
+            return result.value
+
+        return enter
 
 
 def load(progress: ProgressCallback | None = None) -> Library:
