@@ -118,7 +118,7 @@ def measure_io(runs: int, seconds: float = 3.0) -> IoFigures:
             begin("QEMU")
             theirs.append(_qemu(peer, image, place, seconds))
     limits = {name: limit for name, goal in GOALS.items() if ours[-1][name] < goal}
-    return _figures(ours, theirs, limits, versions(peer) | {"guest kernel": str(image.manifest["kernel"]["release"])})
+    return _figures(ours, theirs, limits, versions(peer) | {"guest kernel": str(image.manifest["release"])})
 
 
 def _figures(

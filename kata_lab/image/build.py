@@ -247,6 +247,7 @@ def _modules(description: Description, kernel: KernelPackage) -> _Modules:
 def _recipe(description: Description, lock: Lock) -> str:
     """Everything that decides the bytes of an image, hashed."""
     parts = [str(_FORMAT).encode(), description.sha256.encode(), lock.encode(), init_program()]
+    parts.append(description.command_line.encode())
     if description.agent:
         parts += agent_files().values()
     return hashlib.sha256(b"\0".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
