@@ -241,13 +241,15 @@ class SlotProbe:
             work: such as ``lambda: shell.run("cat /mnt/file")``.
             when: whether to stop at this notification, told by the queue as the driver left it.
 
-        A guest that stands still already is let go first.
+        A guest that stands still already, at whichever device, is let go first.
 
         Raises:
             LabError: ``work`` was over before, or ``when`` raised something.
         """
-        if self.stopped is not None:
-            self.let_go(self.stopped)
+        for each in self._machine.board.bus.attachments:
+            standing = each.device.stopped if isinstance(each.device, SlotProbe) else None
+            if standing is not None:
+                standing.close()
         with self._changed:
             self._wish_failed = None
             working: Future[T] = Future()
@@ -256,9 +258,11 @@ class SlotProbe:
         thread = threading.Thread(target=_carry_out, args=(working, work), name="lab-request", daemon=True)
         thread.start()
         with self._changed:
-            while self.stopped is None and not working.done():
-                self._changed.wait(_POLL)
-            self._wish = None
+            try:
+                while self.stopped is None and not working.done():
+                    self._changed.wait(_POLL)
+            finally:
+                self._wish = None  # also when the wait is interrupted
             found, failed = self.stopped, self._wish_failed
         if failed is not None:
             raise LabError(f"`when` raised {type(failed).__name__} instead of saying whether to stop: {failed}")
