@@ -30,7 +30,7 @@ def make_scratch(path: Path) -> None:
     """
     from vmm.storage.overlay import create_overlay
 
-    create_overlay(path, _template())
+    create_overlay(path, _template(), durable=False)
 
 
 def _template() -> Path:
