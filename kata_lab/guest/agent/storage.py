@@ -53,7 +53,21 @@ def mount_storage(storage):
         known = "virtio-fs, blk, overlayfs, ephemeral, local and bind"
         raise RpcError(INVALID_ARGUMENT, f"storage driver {driver!r} is not known; {known} are")
     linux.mount(source, place, kind, options)
+    if kind == "virtiofs":
+        read_ahead(place)
     return place
+
+
+def read_ahead(place):
+    """Let the kernel read as much of a file ahead as one request can carry; it begins with an eighth of that."""
+    device = os.stat(place)[2]
+    major = device >> 8 & 0xFFF
+    minor = device & 0xFF | device >> 12 & 0xFFF00
+    try:
+        with open(f"/sys/class/bdi/{major}:{minor}/read_ahead_kb", "w") as file:
+            file.write("1024")
+    except OSError:
+        pass  # a kernel without it reads in smaller parts
 
 
 def mount_all(storages):
