@@ -86,7 +86,7 @@ def inspect(options: argparse.Namespace) -> int:
 
 def logs(options: argparse.Namespace) -> int:
     """What a container wrote."""
-    from kata_lab.shim.output_log import LogFollower, Piece, read_log
+    from kata_lab.shim.output_log import LogFollower, Piece
 
     directory = find_container(options.name)
 
@@ -102,10 +102,8 @@ def logs(options: argparse.Namespace) -> int:
     if not directory.log.exists():
         return 0
     with LogFollower(directory.log) as follower:
-        if options.tail != 0:
-            for piece in read_log(directory.log, options.tail):
-                show(piece)
-        follower.skip()
+        for piece in follower.begin(options.tail):
+            show(piece)
         while options.follow:
             live = _live(directory)
             for piece in follower.read():

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 from kata_lab.errors import KataLabError
 from kata_lab.shim.hub import Stream, Viewer
 from kata_lab.shim.metrics import metrics_text
-from kata_lab.shim.output_log import LogFollower, Piece, read_log
+from kata_lab.shim.output_log import LogFollower, Piece
 from kata_lab.shim.task import TaskProcess
 from kata_lab.ttrpc import RpcError, StatusCode
 from kata_lab.ttrpc.server import Call, Handler
@@ -75,9 +75,8 @@ class LabService:
             raise RpcError(StatusCode.FAILED_PRECONDITION, text)
         path = task.directory.log
         with LogFollower(path) as follower:
-            for piece in await asyncio.to_thread(lambda: list(read_log(path, request["tail"]))):
+            for piece in await asyncio.to_thread(follower.begin, request["tail"]):
                 await call.send(_message(piece))
-            follower.skip()
             while request["follow"]:
                 ended = task.process.ended.is_set()
                 for piece in follower.read():

@@ -12,10 +12,10 @@ does not fill the disk. Only whole lines are written; a reader ignores an unfini
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -97,28 +97,21 @@ def previous(path: Path) -> Path:
     return path.with_name(f"{path.name}.1")
 
 
-def read_log(path: Path, tail: int | None = None) -> Iterator[Piece]:
+def read_log(path: Path, tail: int | None = None) -> list[Piece]:
     """What is kept, the oldest first.
 
     Args:
         path: the file.
         tail: only so many lines of output at the end, as a person counts them; None for all.
     """
-    pieces = (piece for file in (previous(path), path) for piece in _pieces(file))
-    if tail is None:
-        yield from pieces
-        return
-    kept: deque[Piece] = deque()
-    lines = 0
-    for piece in pieces:
-        kept.append(piece)
-        lines += piece.data.count(b"\n")
-        while len(kept) > 1 and lines - kept[0].data.count(b"\n") > tail:
-            lines -= kept.popleft().data.count(b"\n")
-    yield from _last_lines(list(kept), tail)
+    try:
+        with LogFollower(path) as follower:
+            return follower.begin(tail)
+    except FileNotFoundError:
+        return []
 
 
-def _last_lines(pieces: list[Piece], tail: int) -> list[Piece]:
+def _last_lines(pieces: Sequence[Piece], tail: int) -> list[Piece]:
     found: list[Piece] = []
     left = tail
     if left == 0:
@@ -134,7 +127,8 @@ def _last_lines(pieces: list[Piece], tail: int) -> list[Piece]:
         while (at := piece.data.rfind(b"\n", 0, at)) >= 0:
             left -= 1
             if not left:
-                found.append(Piece(piece.time, piece.stream, piece.data[at + 1 :]))
+                if piece.data[at + 1 :]:
+                    found.append(Piece(piece.time, piece.stream, piece.data[at + 1 :]))
                 return found[::-1]
         found.append(piece)
     return found[::-1]
@@ -163,9 +157,15 @@ class LogFollower:
         self._file = path.open("rb")
         self._rest = b""
 
-    def skip(self) -> None:
-        """Pass over what is there already."""
-        self._file.seek(0, os.SEEK_END)
+    def begin(self, tail: int | None = None) -> list[Piece]:
+        """What is there already, the oldest first: all of it, or so many lines at the end."""
+        pieces = []
+        before = previous(self._path)
+        with contextlib.suppress(FileNotFoundError):
+            if not os.path.samestat(os.fstat(self._file.fileno()), before.stat()):
+                pieces = list(_pieces(before))
+        pieces += self.read()
+        return pieces if tail is None else _last_lines(pieces, tail)
 
     def read(self) -> list[Piece]:
         """What has been added since the last time."""

@@ -65,6 +65,8 @@ class Shim:
         self._watch: asyncio.Task[None] | None = None
         self._marks = [("process", _process_began()), ("shim runs", time.monotonic())]
         self._sandbox_began = 0.0
+        #: Why the sandbox is no more, once it is not.
+        self._reason = ""
 
     @property
     def timeline(self) -> list[tuple[str, float]]:
@@ -129,6 +131,7 @@ class Shim:
 
     async def _watch_sandbox(self, sandbox: Sandbox) -> None:
         await sandbox.stopped.wait()
+        self._reason = sandbox.reason
         for task in tuple(self.tasks.values()):
             # Those that run learn it from the end of their connection.
             if task.state == "created":
@@ -147,6 +150,7 @@ class Shim:
             self._watch.cancel()
             await asyncio.gather(self._watch, return_exceptions=True)
         self._wanted_to_end.update(self.tasks)
+        self._reason = self._reason or "its sandbox was stopped"
         sandbox, self._sandbox = self._sandbox, None
         if sandbox is not None:
             await sandbox.stop()
@@ -158,7 +162,7 @@ class Shim:
                 await each.process.abandon()
             await task.process.abandon()
             if task.state != "stopped":
-                await self._ended(task, "its sandbox was stopped")
+                await self._ended(task)
             task.release()
         self.tasks.clear()
         for prepared in self._prepared.values():
@@ -397,7 +401,7 @@ class Shim:
         record = task.record
         record.status = task.process.status if task.process.status is not None else UNKNOWN_STATUS
         record.finished = time.time()
-        record.reason = reason or (self.sandbox.reason if self._sandbox is not None else "")
+        record.reason = reason or self._reason
         record.out_of_memory = container is not None and container.out_of_memory
         again = self._starts_again(task, record)
         if again:

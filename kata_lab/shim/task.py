@@ -15,7 +15,7 @@ from kata_lab.runtime.container import Container
 from kata_lab.runtime.process import OutputStream, Process
 from kata_lab.shim.hub import Hub, Stream
 from kata_lab.shim.records import UNKNOWN_STATUS, ContainerDirectory, ContainerRecord
-from kata_lab.shim.stdio import InputFile, OutputFile, StdioPaths, copy_outputs
+from kata_lab.shim.stdio import InputFile, OutputFile, StdioPaths, copy_outputs, plain_path
 from kata_lab.ttrpc import RpcError, StatusCode
 
 QUIET_SECONDS: Final = 1.0  #: after a process has ended, its output has too once so long nothing came
@@ -83,9 +83,9 @@ class TaskProcess:
         try:
             for stream, path in ((Stream.STDOUT, self.paths.stdout), (Stream.STDERR, self.paths.stderr)):
                 if path and not (self.terminal and stream is Stream.STDERR):
-                    files[stream] = OutputFile(stream.value, path)
+                    files[stream] = OutputFile(stream.value, plain_path(stream.value, path))
             if self.paths.stdin:
-                self._input = InputFile(self.paths.stdin)
+                self._input = InputFile(plain_path("stdin", self.paths.stdin))
         except BaseException:
             for file in files.values():
                 file.close()
@@ -109,6 +109,9 @@ class TaskProcess:
             status = await end
         except KataLabError:
             # The guest is gone, and nobody knows.
+            status = UNKNOWN_STATUS
+        except Exception:
+            _log.exception("the end of %s was not understood", self.exec_id or "a container")
             status = UNKNOWN_STATUS
         self.status = status
         self.exited_at = time.time()

@@ -74,13 +74,28 @@ class FakeProcess:
 
     async def wait(self) -> int:
         assert self.child is not None
-        status = await self.child.wait()
+        # Process.wait() would wait for the ends of its streams, too.
+        while (status := self.child.returncode) is None:
+            await asyncio.sleep(0.005)
         return 128 - status if status < 0 else status
 
     def kill(self, number: int) -> None:
         if self.child is None or self.child.returncode is not None:
             raise RpcError(StatusCode.NOT_FOUND, "the process has ended")
         os.killpg(self.child.pid, number)
+
+    async def close(self) -> None:
+        """End it and all of its children."""
+        if self.child is None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.child.pid, signal.SIGKILL)
+        await self.child.wait()
+        self.child._transport.close()  # type: ignore[attr-defined]
+        # A thread that reads the terminal has seen its end by now.
+        if self.terminal is not None:
+            os.close(self.terminal)
+            self.terminal = None
 
 
 class FakeAgent:
@@ -183,8 +198,7 @@ class FakeSandbox:
 
     async def stop(self) -> None:
         for process in self.agent.processes.values():
-            with contextlib.suppress(RpcError):
-                process.kill(signal.SIGKILL)
+            await process.close()
         self.stopped.set()
 
     def lose(self, reason: str) -> None:
