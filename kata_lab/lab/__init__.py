@@ -2,8 +2,8 @@
 
 A view takes data of a machine and gives a :class:`~kata_lab.lab.picture.Picture` or a
 :class:`~kata_lab.lab.picture.Table`, which show themselves in a notebook, in a terminal and to a screen reader. Views
-read machines and never change them. The names below are imported when they are first used, matplotlib and ipywidgets
-when a picture is drawn.
+read machines and never change them; a probe listens to a device, and can stop the guest at a request. The names below
+are imported when they are first used, matplotlib and ipywidgets when a picture is drawn.
 """
 
 from __future__ import annotations

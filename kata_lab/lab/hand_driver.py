@@ -8,6 +8,7 @@ index, so that every used buffer interrupts.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final
 
@@ -48,17 +49,16 @@ class HandDriver:
         self._free = BUFFERS
         self._offered = self._collected = 0
         self._buffers: dict[int, list[tuple[int, int]]] = {}
-        self.memory = GuestMemory(BASE, MEMORY_BYTES)
-        self._thread = LoopThread()
-        self._loop = self._thread.start()
-        self._closed = False
-        try:
+        self._device = device
+        with contextlib.ExitStack() as built:
+            self.memory = built.enter_context(GuestMemory(BASE, MEMORY_BYTES))
+            thread = LoopThread()
+            built.callback(thread.stop)
+            self._loop = thread.start()
+            built.callback(self._close_device)
             self.slot = VirtioMmio(device, self.memory, IrqLine(self._level), self._loop, self.crashes.append)
-        except BaseException:
-            self._thread.stop()
-            device.close()
-            self.memory.close()
-            raise
+            built.callback(self.slot.unplug)
+            self._built = built.pop_all()
 
     def _level(self, level: bool) -> None:
         self.interrupts += level
@@ -186,19 +186,15 @@ class HandDriver:
 
     def close(self) -> None:
         """Take the device out and close it; a second call does nothing."""
-        if self._closed:
-            return
-        self._closed = True
-        self.slot.unplug()
+        self._built.close()
 
-        async def close_device() -> None:
-            self.slot.device.close()
+    def _close_device(self) -> None:
+        """On the event loop's thread, as a VM does."""
 
-        try:
-            asyncio.run_coroutine_threadsafe(close_device(), self._loop).result()
-        finally:
-            self._thread.stop()
-            self.memory.close()
+        async def close() -> None:
+            self._device.close()
+
+        asyncio.run_coroutine_threadsafe(close(), self._loop).result()
 
     def __enter__(self) -> HandDriver:
         return self
