@@ -34,14 +34,16 @@ from vmm.devices.virtio.fs.protocol import (
     Opcode,
     SetAttr,
 )
-from vmm.devices.virtio.fs.share import OVERRIDE, Operation, Request, Share
+from vmm.devices.virtio.fs.share import OVERRIDE, Operation, Request, Share, decode_device
 
 _XATTR_NAMESPACES: Final = (b"user.", b"trusted.", b"security.")
 _XATTR_FLAGS: Final = os.XATTR_CREATE | os.XATTR_REPLACE
 _UNCHANGED: Final = -1
 _OWNERS_OF_STATX: Final = struct.Struct("<2I")  # struct statx, at 20: uid, gid
+_LINKS_OF_STATX: Final = struct.Struct("<I")  # struct statx, at 16
 _MODE_OF_STATX: Final = struct.Struct("<H")  # struct statx, at 28
 _NUMBER_OF_STATX: Final = struct.Struct("<Q")  # struct statx, at 32: ino
+_DEVICE_OF_STATX: Final = struct.Struct("<2I")  # struct statx, at 128: major and minor of a device
 _STATX_FLAGS: Final = 0x6000  # AT_STATX_FORCE_SYNC, AT_STATX_DONT_SYNC
 _WORD: Final = 0xFFFF_FFFF
 
@@ -81,11 +83,13 @@ class Attributes:
         inode = self._inodes.get(request.node)
         descriptor = self._descriptor(request.node, handle if flags & GETATTR_FH else None)
         found = host.statx(descriptor, how & _STATX_FLAGS, mask & ~(1 << 31))
-        mode, uid, gid = self._share.permissions(inode, os.fstat(descriptor))
+        number, *_, mode, links, uid, gid, device, _, _ = self._share.attributes(inode, os.fstat(descriptor))
+        _LINKS_OF_STATX.pack_into(found, 16, links)
         _OWNERS_OF_STATX.pack_into(found, 20, uid, gid)
         _MODE_OF_STATX.pack_into(found, 28, mode)
-        (number,) = _NUMBER_OF_STATX.unpack_from(found, 32)
-        _NUMBER_OF_STATX.pack_into(found, 32, number ^ self._inodes.upper_bits(inode))
+        _NUMBER_OF_STATX.pack_into(found, 32, number)
+        device = decode_device(device)
+        _DEVICE_OF_STATX.pack_into(found, 128, os.major(device), os.minor(device))
         return STATX_OUT.pack(self._share.validity, 0, 0) + bytes(found)
 
     def setattr(self, request: Request) -> bytes:
@@ -107,6 +111,9 @@ class Attributes:
             inode = self._share.opened.file(handle).inode
         self._share.require_writable(inode)
         path = host.proc_path(descriptor)
+        changes_owner_or_mode = valid & (SetAttr.UID | SetAttr.GID | SetAttr.MODE)
+        if changes_owner_or_mode and inode.export.override_stat and self._share.overridden(inode, os.fstat(descriptor)):
+            raise failure(errno.EPERM)
         if valid & (SetAttr.UID | SetAttr.GID):
             identity = self._share.identity
             owner = identity.host_uid(uid) if valid & SetAttr.UID else _UNCHANGED

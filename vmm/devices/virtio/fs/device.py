@@ -12,7 +12,8 @@ A buffer that has no room for a request's or an answer's header is a mistake, fo
 everything else that is wrong with a request is an errno in its answer.
 
 Left out: DAX (no shared memory region is offered), notifications (VIRTIO_FS_F_NOTIFICATION). A saved device has its
-nodes and open files but not their locks; a file that has no name and no handle any more is ESTALE after a restore.
+nodes and open files but not their locks; a file that has no name and no handle any more is ESTALE after a restore, and
+so is everything of an export that was not added by then, or of a directory that is another one.
 """
 
 from __future__ import annotations
@@ -97,8 +98,9 @@ class FsDevice(VirtioDevice):
         Args:
             name: under which it appears.
             path: what; a symbolic link is followed now, and never again.
-            read_only: the guest can only read.
-            override_stat: owner, mode and kind of the files are in :data:`~vmm.devices.virtio.fs.share.OVERRIDE`.
+            read_only: the guest can only read here. The same file may be writable where another export has it.
+            override_stat: owner, mode and kind of the files are in :data:`~vmm.devices.virtio.fs.share.OVERRIDE`, where
+                they have that attribute; the guest cannot change them there.
 
         Raises:
             ConfigError: the share has a directory of its own, the name is taken or none, or there is nothing at the
@@ -118,14 +120,15 @@ class FsDevice(VirtioDevice):
             raise ConfigError(f"{name!r} is no name of a file") from error
 
     def remove(self, name: str) -> None:
-        """Undo :meth:`add`, from any thread; what the guest still knows of it is stale.
+        """Undo :meth:`add`, from any thread: nothing of it is open on the host any more, and what the guest still knows
+        of it is stale (ESTALE; EBADF for what it had open).
 
         Raises:
             ConfigError: nothing is shared under this name.
         """
         try:
             with self.lock:
-                self.share.inodes.remove(os.fsencode(name))
+                self.share.remove(os.fsencode(name))
         except OSError as error:
             raise ConfigError(f"{self.name} shares nothing as {name!r}") from error
 

@@ -45,8 +45,11 @@ class Directories:
         }
 
     def opendir(self, request: Request) -> bytes:
-        handle = self._opened.add_directory(self._share.inodes.get(request.node))
-        caching = FOPEN_CACHE_DIR | FOPEN_KEEP_CACHE if self._share.cache == "always" else 0
+        inodes = self._share.inodes
+        inode = inodes.get(request.node)
+        handle = self._opened.add_directory(inode)
+        changes = inode is inodes.root and inodes.virtual
+        caching = FOPEN_CACHE_DIR | FOPEN_KEEP_CACHE if self._share.cache == "always" and not changes else 0
         return OPEN_OUT.pack(handle, caching)
 
     def readdir(self, request: Request) -> bytes:

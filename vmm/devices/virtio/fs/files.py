@@ -211,16 +211,34 @@ class Files:
         return self._locks.set(file, owner, start, end, kind)
 
     def syncfs(self, request: Request) -> Answer:
-        inode = self._share.inodes.get(request.node)
-        if inode.export.read_only:
-            return b""
-        if inode.kind != stat.S_IFDIR:
+        inodes = self._share.inodes
+        inode = inodes.get(request.node)
+        places = [inode]
+        if inode is inodes.root and inodes.virtual:
+            # One on each file system of the host that the guest can write to.
+            tops = [each.inode for each in inodes.exports.values() if each.inode is not None]
+            places = list({each.identification[0]: each for each in tops if not each.export.read_only}.values())
+        elif inode.kind != stat.S_IFDIR:
             raise failure(errno.EINVAL)
-        path = host.proc_path(self._share.inodes.descriptor(inode))
-        descriptor = self._share.inodes.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        elif inode.export.read_only:
+            return b""
+        descriptors: list[int] = []
+
+        def finish() -> None:
+            for descriptor in descriptors:
+                os.close(descriptor)
 
         def work() -> bytes:
-            host.syncfs(descriptor)
+            for descriptor in descriptors:
+                host.syncfs(descriptor)
             return b""
 
-        return Slow(work, lambda: os.close(descriptor))
+        try:
+            for each in places:
+                if each.kind in (stat.S_IFDIR, stat.S_IFREG):
+                    path = host.proc_path(inodes.descriptor(each))
+                    descriptors.append(inodes.open(path, os.O_RDONLY | os.O_CLOEXEC))
+        except OSError:
+            finish()
+            raise
+        return Slow(work, finish)

@@ -10,7 +10,11 @@ needed: by the file system's own handle where the VMM may do that (CAP_DAC_READ_
 it was last seen. Both ways what is found must be the same file (device, inode number, and file handle where there is
 one), otherwise the guest is told ESTALE. Node ids are never used twice.
 
-The guest's inode number is the host's; files of further mounts inside the share have the mount's number in the upper 16
+A share is one directory, or exports: directories and files that come and go below a top directory that has no place on
+the host. What may be done to a file is decided by where the guest found it: one that two exports have in common, since
+one lies within the other or both are the same, is two nodes, of which one may be read-only and the other not.
+
+The guest's inode number is the host's; files of further mounts and of exports have a number of theirs in the upper 16
 bits, since the guest sees one file system.
 """
 
@@ -51,8 +55,8 @@ class Export:
         name: in the top directory.
         read_only: the guest can only read.
         override_stat: owner, mode and kind of its files are in an extended attribute.
-        removed: it is not served any more.
         inode: the directory or file itself; None for the share's own directory.
+        mount: number of the mount that it is on, where files can be opened by handle; else -1.
     """
 
     def __init__(self, number: int, name: bytes, read_only: bool, override_stat: bool = False) -> None:
@@ -60,8 +64,8 @@ class Export:
         self.name = name
         self.read_only = read_only
         self.override_stat = override_stat
-        self.removed = False
         self.inode: Inode | None = None
+        self.mount = -1
 
 
 class Inode:
@@ -116,6 +120,7 @@ def _open_nowhere() -> int:
     """A descriptor of an empty directory that has no name any more, so that nothing can be put there."""
     path = tempfile.mkdtemp(prefix="kata-lab-share-")
     try:
+        os.chmod(path, 0o755)  # users of the guest pass through it
         return os.open(path, _DIRECTORY_FLAGS)
     finally:
         os.rmdir(path)
@@ -124,12 +129,9 @@ def _open_nowhere() -> int:
 class Inodes:
     """The table of nodes.
 
-    A file that two exports have in common is two nodes, with inode numbers that differ, since what may be done to it
-    depends on where the guest found it.
-
     Args:
         root: path of the share, None for a top directory that has nothing but exports.
-        read_only: of what is below the root itself.
+        read_only: of everything, exports too.
         limit: how many O_PATH descriptors may be open; files in use can exceed it.
 
     Raises:
@@ -142,36 +144,52 @@ class Inodes:
         self._by_identification: dict[tuple[int, Identification], Inode] = {}  # by number of the export as well
         #: Whether the top directory holds exports and nothing else.
         self.virtual = root is None
+        self._read_only = read_only
         self._base = Export(0, b"", read_only or self.virtual)
         #: Directories and files that appear in the top directory, by name.
         self.exports: dict[bytes, Export] = {}
         self._export_numbers = itertools.count(1)
         self._open: OrderedDict[int, Inode] = OrderedDict()
         self._next_node = protocol.ROOT + 1
-        self._mounts: dict[int, int] = {}  # mount number → descriptor that open_by_handle_at accepts
-        # Number of the export and st_dev → what is put into the upper bits of inode numbers.
-        self._devices: dict[tuple[int, int], int] = {}
+        # Export and mount number → descriptor that open_by_handle_at accepts, or -1 where it is of no use.
+        self._mounts: dict[tuple[Export, int], int] = {}
+        # Export and st_dev → what is put into the upper bits of inode numbers.
+        self._upper_bits: dict[tuple[Export, int], int] = {}
+        self._next_upper = 0
         #: Descriptors that were closed to stay below the limit, and opened again.
         self.evicted = self.reopened = 0
         self._root_descriptor = _open_nowhere() if root is None else os.open(root, _DIRECTORY_FLAGS)
         try:
             status = os.fstat(self._root_descriptor)
-            self._devices[0, status.st_dev] = 0
-            known = host.file_handle(self._root_descriptor)
-            self._by_handle = known is not None and self._may_open_by_handle(known)
-            if known is not None and self._by_handle:
-                self._mounts[known.mount] = self._root_descriptor
+            self._upper(self._base, status.st_dev)
+            self._base.mount = self._know_mount(self._base, self._root_descriptor)
             self._make_root(status)
         except BaseException:
+            self._close_mounts()
             os.close(self._root_descriptor)
             raise
 
-    def _may_open_by_handle(self, known: host.FileHandle) -> bool:
-        try:
-            os.close(host.open_by_handle(self._root_descriptor, known.handle, os.O_PATH | os.O_CLOEXEC))
-        except OSError:
-            return False
-        return True
+    def _know_mount(self, export: Export, descriptor: int) -> int:
+        """Have what open_by_handle_at needs for a directory's mount; returns its number, -1 if it cannot be used."""
+        known = host.file_handle(descriptor)
+        if known is None:
+            return -1
+        if (export, known.mount) not in self._mounts:
+            opened = os.open(host.proc_path(descriptor), _DIRECTORY_FLAGS)
+            try:
+                os.close(host.open_by_handle(opened, known.handle, os.O_PATH | os.O_CLOEXEC))
+            except OSError:
+                os.close(opened)
+                opened = -1
+            self._mounts[export, known.mount] = opened
+        return known.mount if self._mounts[export, known.mount] >= 0 else -1
+
+    def _close_mounts(self, of: Export | None = None) -> None:
+        for (export, mount), descriptor in list(self._mounts.items()):
+            if of is None or export is of:
+                del self._mounts[export, mount]
+                if descriptor >= 0:
+                    os.close(descriptor)
 
     def _make_root(self, status: os.stat_result) -> None:
         identification = (status.st_dev, status.st_ino)
@@ -200,7 +218,7 @@ class Inodes:
             OSError: ESTALE, the guest was never told of it or forgot it.
         """
         inode = self._by_node.get(node)
-        if inode is None or inode.export.removed:
+        if inode is None:
             raise failure(errno.ESTALE)
         return inode
 
@@ -224,29 +242,36 @@ class Inodes:
         return self._upper(inode.export, inode.identification[0])
 
     def _upper(self, export: Export, device: int) -> int:
-        upper = self._devices.get((export.number, device))
+        upper = self._upper_bits.get((export, device))
         if upper is None:
-            upper = self._devices[export.number, device] = (len(self._devices) & 0xFFFF) << _SUBMOUNT_SHIFT
+            upper = self._upper_bits[export, device] = (self._next_upper & 0xFFFF) << _SUBMOUNT_SHIFT
+            self._next_upper += 1
         return upper
 
     def add(self, name: bytes, path: os.PathLike[str], read_only: bool, override_stat: bool) -> None:
         """Let a directory or file of the host appear as ``name`` in the top directory. The name is checked already.
 
         Raises:
-            OSError: EEXIST, the name is taken; and whatever the host says of the path.
+            OSError: EEXIST, the name is taken; EBADF, the share is closed; and whatever the host says of the path.
         """
+        if self._root_descriptor < 0:
+            raise failure(errno.EBADF)
         if name in self.exports:
             raise failure(errno.EEXIST)
-        export = Export(next(self._export_numbers), name, read_only, override_stat)
+        export = Export(next(self._export_numbers), name, read_only or self._read_only, override_stat)
         inode, _ = self._enter(self.open(os.fsencode(path), os.O_PATH | os.O_CLOEXEC), protocol.ROOT, name, export)
         # Its descriptor stays open, and the node there, for as long as it is exported.
         inode.uses += 1
         inode.lookups += 1
         export.inode = inode
         self.exports[name] = export
+        if inode.kind == stat.S_IFDIR:
+            # A directory that may be passed but not read can be exported too; its files are found by name.
+            with contextlib.suppress(OSError):
+                export.mount = self._know_mount(export, inode.descriptor)
 
     def remove(self, name: bytes) -> None:
-        """Undo :meth:`add`: what the guest knows below it is ESTALE from now on.
+        """Undo :meth:`add`: what the guest knows below it is ESTALE from now on. None of it is open or locked.
 
         Raises:
             OSError: ENOENT, there is no export of that name.
@@ -254,12 +279,11 @@ class Inodes:
         export = self.exports.pop(name, None)
         if export is None:
             raise failure(errno.ENOENT)
-        export.removed = True
-        if export.inode is not None:
-            export.inode.uses -= 1
-            self.forget(export.inode.node, 1)
-        for inode in [each for each in self._open.values() if each.export is export and not each.uses]:
-            self._release(inode)
+        for inode in [each for each in self._by_node.values() if each.export is export]:
+            self._remove(inode)
+        self._close_mounts(export)
+        for key in [key for key in self._upper_bits if key[0] is export]:
+            del self._upper_bits[key]
 
     def status(self, inode: Inode) -> os.stat_result:
         """``stat`` of the file itself."""
@@ -381,12 +405,10 @@ class Inodes:
     def _release(self, inode: Inode) -> None:
         if inode.handle is None:
             inode.handle = host.file_handle(inode.descriptor)
-        handle = inode.handle
-        if handle is not None and self._by_handle and handle.mount not in self._mounts and inode.kind == stat.S_IFDIR:
-            # Without a descriptor of its mount the file is found by name.
+        if inode.handle is not None and inode.kind == stat.S_IFDIR:
+            # Without a descriptor of its mount a file is found by name.
             with contextlib.suppress(OSError):
-                path = host.proc_path(inode.descriptor)
-                self._mounts[handle.mount] = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                self._know_mount(inode.export, inode.descriptor)
         del self._open[inode.node]
         os.close(inode.descriptor)
         inode.descriptor = -1
@@ -415,15 +437,15 @@ class Inodes:
 
     def _open_by_handle(self, inode: Inode) -> int:
         handle = inode.handle
-        if handle is None or handle.mount not in self._mounts:
+        if handle is None or (mount := self._mounts.get((inode.export, handle.mount), -1)) < 0:
             return -1
         flags = os.O_PATH | os.O_CLOEXEC
         try:
-            return host.open_by_handle(self._mounts[handle.mount], handle.handle, flags)
+            return host.open_by_handle(mount, handle.handle, flags)
         except OSError as error:
             if error.errno not in (errno.EMFILE, errno.ENFILE) or not self._evict(len(self._open) // 2 + 1):
                 raise failure(errno.ESTALE) from error
-        return host.open_by_handle(self._mounts[handle.mount], handle.handle, flags)
+        return host.open_by_handle(mount, handle.handle, flags)
 
     def _open_by_name(self, inode: Inode, above: int) -> None:
         try:
@@ -452,7 +474,7 @@ class Inodes:
         inode = self._by_node.get(node)
         if inode is None or node == protocol.ROOT:
             return None
-        if inode is inode.export.inode and not inode.export.removed:
+        if inode is inode.export.inode:
             # The share itself knows it, however often a guest forgets it.
             inode.lookups = max(inode.lookups - count, 1)
             return None
@@ -473,27 +495,24 @@ class Inodes:
 
     def clear(self) -> None:
         """Forget everything but the root and the exports."""
-        kept = [self.root, *(export.inode for export in self.exports.values())]
         for inode in list(self._by_node.values()):
-            if inode not in kept:
+            if inode is inode.export.inode:
+                inode.lookups = 1
+            elif inode is not self.root:
                 self._remove(inode)
-        for export in self.exports.values():
-            if export.inode is not None:
-                export.inode.lookups = 1
-        for mount, descriptor in list(self._mounts.items()):
-            if descriptor != self._root_descriptor:
-                os.close(descriptor)
-                del self._mounts[mount]
+        for (export, mount), descriptor in list(self._mounts.items()):
+            if mount != export.mount:
+                del self._mounts[export, mount]
+                if descriptor >= 0:
+                    os.close(descriptor)
 
-    def save(self) -> list[dict[str, Any]]:
-        """Every node but the root, as plain data from which :meth:`restore` finds the files again."""
-        saved = []
+    def save(self) -> dict[str, Any]:
+        """Every node, as plain data from which :meth:`restore` finds the files again."""
+        known = []
         for inode in self._by_node.values():
-            if inode is self.root or inode.export.removed:
-                continue
             if inode.handle is None and inode.descriptor >= 0:
                 inode.handle = host.file_handle(inode.descriptor)
-            saved.append(
+            known.append(
                 {
                     "node": inode.node,
                     "identification": inode.identification,
@@ -502,46 +521,71 @@ class Inodes:
                     "parent": inode.parent,
                     "name": inode.name,
                     "export": inode.export.name,
+                    "top": self._is_top(inode),
                     "handle": None if inode.handle is None else inode.handle.handle,
                 }
             )
-        return saved
+        return {
+            "known": known,
+            "next": self._next_node,
+            "upper": [(export.name, device, upper) for (export, device), upper in self._upper_bits.items()],
+            "next upper": self._next_upper,
+        }
 
-    def restore(self, saved: list[Mapping[str, Any]]) -> None:
-        """Know what :meth:`save` knew. Files are looked for when they are used; one that is gone is ESTALE then."""
+    def _is_top(self, inode: Inode) -> bool:
+        return inode is self.root or inode is inode.export.inode
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """Know what :meth:`save` knew. Files are looked for when they are used; one that is gone is ESTALE then, and so
+        is everything of an export that is not there now, or is another directory."""
         self.clear()
-        mount = next(iter(self._mounts), -1)
-        for each in saved:
-            device, number = each["identification"]
-            export = self.exports.get(each["export"]) if each["export"] else self._base
-            if export is None:
-                continue  # ESTALE, unless its owner adds the export before
-            if export.inode is not None and each["parent"] == protocol.ROOT and each["name"] == export.name:
-                self._renumber(export.inode, each["node"], each["lookups"])
+        self._next_node = max(self._next_node, saved["next"])
+        tops = {each["export"]: each for each in saved["known"] if each["top"]}
+        same = self._renumber(tops)
+        self._next_upper = max(self._next_upper, saved["next upper"])
+        for name, device, upper in saved["upper"]:
+            if name in same:
+                self._upper_bits[same[name], device] = upper
+        for each in saved["known"]:
+            export = same.get(each["export"])
+            if export is None or each["top"]:
                 continue
+            device, number = each["identification"]
             inode = Inode(each["node"], (device, number), each["kind"], each["parent"], each["name"], export)
             inode.lookups = each["lookups"]
             if each["handle"] is not None:
-                # Mounts have other numbers in another boot of the host; files of the share's own are found by handle.
-                on_root = device == self.root.identification[0]
-                inode.handle = host.FileHandle(mount if on_root else -1, each["handle"])
+                # Mounts have other numbers in another boot of the host; files of the export's own are found by handle.
+                here = device == tops[export.name]["identification"][0]
+                inode.handle = host.FileHandle(export.mount if here else -1, each["handle"])
             self._by_node[inode.node] = self._by_identification[export.number, inode.identification] = inode
-            self._next_node = max(self._next_node, inode.node + 1)
 
-    def _renumber(self, inode: Inode, node: int, lookups: int) -> None:
-        """An export's own node, by the number that the guest knows it by."""
-        del self._by_node[inode.node]
-        if self._open.pop(inode.node, None) is not None:
-            self._open[node] = inode
-        inode.node, inode.lookups = node, lookups
-        self._by_node[node] = inode
-        self._next_node = max(self._next_node, node + 1)
+    def _renumber(self, tops: Mapping[bytes, Mapping[str, Any]]) -> dict[bytes, Export]:
+        """Give exports' own nodes the numbers that the guest knows them by, all at once, since one may have another's
+        now. Returns the exports that are what they were, by name."""
+        same = {}
+        if b"" in tops and tuple(tops[b""]["identification"]) == self.root.identification:
+            same[b""] = self._base
+        tops_here = [(export, export.inode) for export in self.exports.values() if export.inode is not None]
+        for _, inode in tops_here:
+            del self._by_node[inode.node]
+            del self._open[inode.node]
+        for export, inode in tops_here:
+            before = tops.get(export.name)
+            if before is not None and tuple(before["identification"]) == inode.identification:
+                inode.node, inode.lookups = before["node"], before["lookups"]
+                same[export.name] = export
+            else:
+                inode.node = self._next_node
+                self._next_node += 1
+            self._by_node[inode.node] = self._open[inode.node] = inode
+        return same
 
     def close(self) -> None:
         """Close every descriptor. A second time this does nothing."""
         if self._root_descriptor >= 0:
-            self.exports.clear()
+            for name in list(self.exports):
+                self.remove(name)
             self.clear()
-            self._mounts.clear()
+            self._close_mounts()
             os.close(self._root_descriptor)
             self._root_descriptor = self.root.descriptor = -1

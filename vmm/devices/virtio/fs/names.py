@@ -67,7 +67,7 @@ class Names:
         try:
             return share.entry_out(*self._inodes.lookup(directory, name))
         except FileNotFoundError:
-            if share.cache != "always":
+            if share.cache != "always" or (directory is self._inodes.root and self._inodes.virtual):
                 raise
             # Node 0 is a name that is known not to exist, for as long as it is valid.
             return ENTRY_OUT.pack(0, 0, share.validity, *(0,) * (len(ENTRY_OUT.fields) - 3))

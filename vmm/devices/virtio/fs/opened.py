@@ -16,10 +16,11 @@ import fcntl
 import os
 import struct
 from collections import deque
+from collections.abc import Callable
 from typing import Any, Final
 
 from vmm.devices.virtio.fs import host
-from vmm.devices.virtio.fs.inodes import Inode, Inodes, failure
+from vmm.devices.virtio.fs.inodes import Export, Inode, Inodes, failure
 
 _FLOCK: Final = struct.Struct("=hh4xqqi4x")  # struct flock: type, whence, start, length, pid
 _OFFSET_MAX: Final = (1 << 63) - 1
@@ -80,13 +81,16 @@ class Directory:
 
 
 class TopDirectory(Directory):
-    """The top directory of a share that has nothing but exports, as it was when it was opened."""
+    """The top directory of a share that has nothing but exports, as it was when its listing began."""
 
-    def __init__(self, inode: Inode, descriptor: int, entries: list[host.DirectoryEntry]) -> None:
+    def __init__(self, inode: Inode, descriptor: int, listing: Callable[[], list[host.DirectoryEntry]]) -> None:
         super().__init__(inode, descriptor)
-        self._entries = entries
+        self._listing = listing
+        self._entries = listing()
 
     def seek(self, cookie: int) -> None:
+        if not cookie:
+            self._entries = self._listing()
         self.place = cookie
 
     def peek(self, reader: host.DirectoryReader) -> host.DirectoryEntry | None:
@@ -163,7 +167,7 @@ class Opened:
         path = host.proc_path(self._inodes.descriptor(inode))
         descriptor = self._inodes.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         if self._inodes.virtual and inode is self._inodes.root:
-            return self._add(TopDirectory(inode, descriptor, self._inodes.top_entries()))
+            return self._add(TopDirectory(inode, descriptor, self._inodes.top_entries))
         return self._add(Directory(inode, descriptor))
 
     def _add(self, opened: File | Directory) -> int:
@@ -179,10 +183,11 @@ class Opened:
         opened.inode.uses -= 1
         os.close(opened.descriptor)
 
-    def clear(self) -> None:
-        """Close everything."""
+    def clear(self, export: Export | None = None) -> None:
+        """Close everything, or what is open of one export."""
         for handle, opened in list(self._handles.items()):
-            self.release(opened, handle)
+            if export is None or opened.inode.export is export:
+                self.release(opened, handle)
 
     def save(self) -> list[dict[str, Any]]:
         """Everything that is open, as plain data."""
@@ -236,10 +241,13 @@ class Locks:
             if len(self._owners) >= self._limit:
                 raise failure(errno.ENOLCK)
             path = host.proc_path(file.descriptor)
+            as_opened = file.flags & os.O_ACCMODE
             try:
-                descriptor = self._inodes.open(path, os.O_RDWR | os.O_CLOEXEC)
+                # For locks of both kinds. What is read-only is not opened for writing, which the host would notice.
+                wanted = as_opened if file.inode.export.read_only else os.O_RDWR
+                descriptor = self._inodes.open(path, wanted | os.O_CLOEXEC)
             except OSError:
-                descriptor = self._inodes.open(path, (file.flags & os.O_ACCMODE) | os.O_CLOEXEC)
+                descriptor = self._inodes.open(path, as_opened | os.O_CLOEXEC)
             self._owners[file.inode, owner] = descriptor
             file.inode.uses += 1
         return descriptor
@@ -298,7 +306,8 @@ class Locks:
         for key in [key for key in self._owners if key[0] is inode]:
             self._drop(key)
 
-    def clear(self) -> None:
-        """Drop all locks."""
+    def clear(self, export: Export | None = None) -> None:
+        """Drop all locks, or those of one export."""
         for key in list(self._owners):
-            self._drop(key)
+            if export is None or key[0].export is export:
+                self._drop(key)

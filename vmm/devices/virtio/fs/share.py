@@ -179,6 +179,18 @@ class Share:
         self.opened.clear()
         self.inodes.clear()
 
+    def remove(self, name: bytes) -> None:
+        """An export is over: what the guest has open of it is closed, what it knows of it is ESTALE.
+
+        Raises:
+            OSError: ENOENT, there is no export of that name.
+        """
+        export = self.inodes.exports.get(name)
+        if export is not None:
+            self.locks.clear(export)
+            self.opened.clear(export)
+        self.inodes.remove(name)
+
     def close(self) -> None:
         """Close every descriptor."""
         self.forget()
@@ -199,6 +211,9 @@ class Share:
     def attributes(self, inode: Inode, status: os.stat_result) -> tuple[int, ...]:
         """The fields of fuse_attr."""
         mode, uid, gid, device = status.st_mode, status.st_uid, status.st_gid, status.st_rdev
+        links = status.st_nlink
+        if inode is self.inodes.root and self.inodes.virtual:
+            links = 2 + len(self.inodes.exports)  # on the host it has none
         if inode.export.override_stat and (told := self.overridden(inode, status)) is not None:
             mode, uid, gid, device = told
         else:
@@ -217,7 +232,7 @@ class Share:
             modification_rest,
             change_rest,
             mode,
-            status.st_nlink & 0xFFFF_FFFF,
+            links & 0xFFFF_FFFF,
             uid,
             gid,
             encode_device(device) if device else 0,
@@ -226,7 +241,7 @@ class Share:
         )
 
     def overridden(self, inode: Inode, status: os.stat_result) -> tuple[int, int, int, int] | None:
-        """Mode, owner, group and device that the file's attribute tells; None if it has none, or nonsense."""
+        """Mode, owner, group and device that the file's attribute tells; None if there is none, or nonsense in it."""
         if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
             return None  # Linux keeps user attributes for these kinds only
         try:
@@ -256,8 +271,9 @@ class Share:
 
     def entry_out(self, inode: Inode, status: os.stat_result) -> bytes:
         """The reply of LOOKUP and of everything that makes a name."""
-        valid = self.validity
-        return ENTRY_OUT.pack(inode.node, 0, valid, valid, 0, 0, *self.attributes(inode, status))
+        # An export leaves, and another one may come by its name, any time.
+        named = 0 if inode is inode.export.inode else self.validity
+        return ENTRY_OUT.pack(inode.node, 0, named, self.validity, 0, 0, *self.attributes(inode, status))
 
     def entry(self, directory: Inode, name: bytes) -> bytes:
         """Look ``name`` up, count it, and say what it is."""
