@@ -1,7 +1,7 @@
 """What the project itself puts into a guest: its init, and the agent with the protocols it speaks.
 
 The agent's interface is made from the same interface files as the host's: a module with the messages' fields and the
-methods' messages as plain tables, since the guest has no reader for interface files.
+methods' messages, since the guest has no reader for interface files.
 """
 
 from __future__ import annotations
@@ -35,16 +35,56 @@ def _interface() -> bytes:
     from kata_lab.protocol.proto import load
 
     interface = load(*_INTERFACES)
-    lines = [
-        '"""The agent API: the fields of its messages by number, and the messages of its methods."""',
-        "",
-        "MESSAGES = {",
+    table = [
+        "|".join([name, *(f"{number} {' '.join(field)}" for number, field in fields.items())])
+        for name, fields in sorted(interface.messages.items())
     ]
-    for name, fields in sorted(interface.messages.items()):
-        lines.append(f"    {name!r}: {fields!r},")
-    lines += ["}", "METHODS = {"]
-    for service, methods in sorted(interface.services.items()):
-        for name, method in sorted(methods.items()):
-            lines.append(f"    {f'{service}/{name}'!r}: ({method.request!r}, {method.response!r}),")
-    lines += ["}", ""]
-    return "\n".join(lines).encode()
+    table += [
+        f"{service}/{name}|{method.request}|{method.response}"
+        for service, methods in sorted(interface.services.items())
+        for name, method in sorted(methods.items())
+    ]
+    return _INTERFACE_MODULE.format(table="\n".join(table)).encode()
+
+
+_INTERFACE_MODULE: Final = '''\
+"""The agent API: the fields of its messages by number, and the messages of its methods.
+
+One line for each message: its name, then for each field its number, name, kind and label (see wire.py); and one for
+each method: its name, what it is asked with, and what it answers. A line is read when it is first used, which costs a
+guest that boots much less than tables.
+"""
+
+_TABLE = """
+{table}
+"""
+
+
+class _Table:
+    def __init__(self, read):
+        self._read = read
+        self._found = {{}}
+
+    def __getitem__(self, name):
+        found = self._found.get(name)
+        if found is None:
+            start = _TABLE.find("\\n" + name + "|") + 1
+            if start == 0:
+                start = _TABLE.find("\\n" + name + "\\n") + 1
+            if start == 0:
+                raise KeyError(name)
+            found = self._found[name] = self._read(_TABLE[start : _TABLE.find("\\n", start)].split("|")[1:])
+        return found
+
+
+def _fields(parts):
+    fields = {{}}
+    for part in parts:
+        number, name, kind, label = part.split(" ")
+        fields[int(number)] = name, kind, label
+    return fields
+
+
+MESSAGES = _Table(_fields)
+METHODS = _Table(tuple)
+'''

@@ -95,9 +95,12 @@ def decode(schema, name, data, depth=0):
     Raises:
         WireError: bytes that end early, a field of another wire type, text that is not UTF-8, or too much nesting.
     """
+    return _decode(schema, schema[name], name, data, depth)
+
+
+def _decode(schema, fields, name, data, depth):
     if depth > MAX_DEPTH:
         raise WireError(f"{name} is nested deeper than {MAX_DEPTH} messages")
-    fields = schema[name]
     message = {}
     for number in fields:
         field, kind, label = fields[number]
@@ -145,11 +148,7 @@ def decode(schema, name, data, depth=0):
         else:
             if wire != _BYTES:
                 raise WireError(f"{where} has wire type {wire}, it must be {_BYTES}")
-            pair = {"entry": {1: ("key", label, "one"), 2: ("value", kind, "one")}}
-            if kind not in _DEFAULTS:
-                pair = dict(schema)
-                pair["entry"] = {1: ("key", label, "one"), 2: ("value", kind, "one")}
-            entry = decode(pair, "entry", value, depth + 1)
+            entry = _decode(schema, {1: ("key", label, "one"), 2: ("value", kind, "one")}, where, value, depth + 1)
             message[field][entry["key"]] = entry["value"]
     return message
 

@@ -1,17 +1,19 @@
-"""The system calls that the agent needs and MicroPython has not, through ``ffi`` on the C library; and waiting for
-descriptors and processes in asyncio. Constants are those of Linux's generic (asm-generic) numbering, as on riscv64."""
+"""The system calls that the agent needs and MicroPython has not, through ``ffi`` on the C library.
+
+Constants are those of Linux's generic (asm-generic) numbering, as on riscv64.
+"""
 
 import array
-import asyncio
 import os
-from asyncio import core
 
 import ffi
 import uctypes
 
-EINTR, EAGAIN, EEXIST, EIO, ENOENT, EPIPE, ESRCH = 4, 11, 17, 5, 2, 32, 3
-O_RDONLY, O_WRONLY, O_RDWR, O_CREAT, O_TRUNC, O_NONBLOCK, O_CLOEXEC = 0, 1, 2, 0o100, 0o1000, 0o4000, 0o2000000
-SIGHUP, SIGKILL, SIGPIPE, SIGTERM, SIGCHLD = 1, 9, 13, 15, 17
+ENOENT, ESRCH, EINTR, EIO, ENXIO, EAGAIN, EEXIST, ENOTDIR, EINVAL, EPIPE = 2, 3, 4, 5, 6, 11, 17, 20, 22, 32
+ELOOP = 40
+O_RDONLY, O_WRONLY, O_RDWR, O_CREAT, O_TRUNC, O_NONBLOCK = 0, 1, 2, 0o100, 0o1000, 0o4000
+O_DIRECTORY, O_NOFOLLOW, O_CLOEXEC, O_PATH = 0o200000, 0o400000, 0o2000000, 0o10000000
+SIGKILL, SIGPIPE, SIGTERM, SIGCHLD = 9, 13, 15, 17
 MS = {
     "ro": 1,
     "nosuid": 2,
@@ -28,46 +30,84 @@ MS = {
     "strictatime": 1 << 24,
 }
 NO_FLAG = ("rw", "suid", "dev", "exec", "async", "atime", "defaults")
-MNT_DETACH = 2
-TIOCSWINSZ = 0x5414
+_MNT_DETACH = 2
+_AT_SYMLINK_NOFOLLOW, _AT_EMPTY_PATH = 0x100, 0x1000
+_TIOCSCTTY, _TIOCSWINSZ, _TIOCGPTN, _TIOCSPTLCK, _RNDRESEEDCRNG = 0x540E, 0x5414, 0x80045430, 0x40045431, 0x5207
+_F_SETFL, _F_SETPIPE_SZ, _F_ADD_SEALS, _ALL_SEALS = 4, 1031, 1033, 15
+_MFD_CLOEXEC, _MFD_ALLOW_SEALING = 1, 2
 _SIG_BLOCK, _SIG_SETMASK = 0, 2
 _PR_SET_CHILD_SUBREAPER = 36
-_SFD = O_NONBLOCK | O_CLOEXEC
+_SYS_CLONE, _SYS_CLOSE_RANGE = 220, 436
+_CLONE_NEWPID = 0x20000000
 _WNOHANG = 1
+_IN_MODIFY = 2
+_MSG_CMSG_CLOEXEC = 0x40000000
+_O_NOCTTY = 0o400
 
 _libc = ffi.open("libc.so.6")
 _open = _libc.func("i", "open", "sii")
+_openat = _libc.func("i", "openat", "isii")
 _close = _libc.func("i", "close", "i")
 _read = _libc.func("l", "read", "ipL")
 _write = _libc.func("l", "write", "ipL")
-_pipe2 = _libc.func("i", "pipe2", "pi")
 _dup2 = _libc.func("i", "dup2", "ii")
 _fcntl = _libc.func("i", "fcntl", "iil")
+_ioctl = _libc.func("i", "ioctl", "iLp")
 _fork = _libc.func("i", "fork", "")
-_setsid = _libc.func("i", "setsid", "")
 _execve = _libc.func("i", "execve", "sPP")
 _exit = _libc.func("v", "_exit", "i")
 _waitpid = _libc.func("i", "waitpid", "ipi")
 _kill = _libc.func("i", "kill", "ii")
-_prctl = _libc.func("i", "prctl", "ilLLL")
 _sigprocmask = _libc.func("i", "sigprocmask", "ipp")
-_signalfd = _libc.func("i", "signalfd", "ipi")
-_inotify_init1 = _libc.func("i", "inotify_init1", "i")
-_inotify_add_watch = _libc.func("i", "inotify_add_watch", "isI")
-_inotify_rm_watch = _libc.func("i", "inotify_rm_watch", "ii")
 _mount = _libc.func("i", "mount", "sssLs")
 _umount2 = _libc.func("i", "umount2", "si")
-_ioctl = _libc.func("i", "ioctl", "iLp")
-_recvmsg = _libc.func("l", "recvmsg", "ipi")
-_socket = _libc.func("i", "socket", "iii")
-_bind = _libc.func("i", "bind", "ipI")
-_listen = _libc.func("i", "listen", "ii")
 _accept4 = _libc.func("i", "accept4", "ippi")
-_chmod = _libc.func("i", "chmod", "sI")
-_chown = _libc.func("i", "chown", "sII")
-_sethostname = _libc.func("i", "sethostname", "sL")
-_clock_settime = _libc.func("i", "clock_settime", "ip")
-_lseek = _libc.func("l", "lseek", "ili")
+_syscall = _libc.func("l", "syscall", "llllll")
+_strerror = _libc.func("s", "strerror", "i")
+
+
+def _rare(result, name, arguments):
+    """A function of the C library that is looked up when it is first called."""
+    found = []
+
+    def call(*values):
+        if not found:
+            found.append(_libc.func(result, name, arguments))
+        return found[0](*values)
+
+    return call
+
+
+_pipe2 = _rare("i", "pipe2", "pi")
+_setsid = _rare("i", "setsid", "")
+_prctl = _rare("i", "prctl", "ilLLL")
+_signalfd = _rare("i", "signalfd", "ipi")
+_inotify_init1 = _rare("i", "inotify_init1", "i")
+_inotify_add_watch = _rare("i", "inotify_add_watch", "isI")
+_inotify_rm_watch = _rare("i", "inotify_rm_watch", "ii")
+_recvmsg = _rare("l", "recvmsg", "ipi")
+_socket = _rare("i", "socket", "iii")
+_bind = _rare("i", "bind", "ipI")
+_listen = _rare("i", "listen", "ii")
+_chmod = _rare("i", "chmod", "sI")
+_fchmod = _rare("i", "fchmod", "iI")
+_fchownat = _rare("i", "fchownat", "isIIi")
+_mkdirat = _rare("i", "mkdirat", "isI")
+_symlinkat = _rare("i", "symlinkat", "sis")
+_renameat = _rare("i", "renameat", "isis")
+_unlinkat = _rare("i", "unlinkat", "isi")
+_lseek = _rare("l", "lseek", "ili")
+_memfd_create = _rare("i", "memfd_create", "sI")
+_sethostname = _rare("i", "sethostname", "sL")
+_clock_settime = _rare("i", "clock_settime", "ip")
+_sync = _rare("v", "sync", "")
+
+
+def explain(error):
+    """What an OSError of this module means, in words."""
+    number = error.args[0] if error.args else 0
+    what = f"{error.args[1]}: " if len(error.args) > 1 else ""
+    return f"{what}{_strerror(number)} (errno {number})"
 
 
 def checked(result, what):
@@ -77,48 +117,18 @@ def checked(result, what):
     return result
 
 
-class _Ready:
-    """Suspends the task until a descriptor can be read or written."""
-
-    def __init__(self, queue, descriptor):
-        self.queue = queue
-        self.descriptor = descriptor
-
-    def __iter__(self):
-        return self
-
-    __await__ = __iter__
-
-    def __next__(self):
-        if self.queue is None:
-            raise StopIteration
-        queue, self.queue = self.queue, None
-        queue(self.descriptor)
-
-
-async def readable(descriptor):
-    await _Ready(core._io_queue.queue_read, descriptor)
-
-
-async def writable(descriptor):
-    await _Ready(core._io_queue.queue_write, descriptor)
-
-
-def forget(descriptor):
-    """Nobody shall wait for this descriptor any more: it is about to be closed."""
-    core._io_queue.remove(descriptor)
+# Descriptors.
 
 
 def open_file(path, flags, mode=0):
-    return checked(_open(path, flags | O_CLOEXEC, mode), path)
+    return checked(_open(path, flags | O_CLOEXEC, mode), f"opening {path}")
 
 
 def close(descriptor):
-    forget(descriptor)
     _close(descriptor)
 
 
-def read_now(descriptor, buffer, length):
+def read(descriptor, buffer, length):
     """Bytes read into ``buffer``; -1 if there are none yet. A terminal whose other end is closed has ended."""
     count = _read(descriptor, buffer, length)
     if count < 0:
@@ -127,38 +137,53 @@ def read_now(descriptor, buffer, length):
             return -1
         if error == EIO:
             return 0
-        raise OSError(error, "read")
+        raise OSError(error, "reading")
     return count
 
 
-async def write_all(descriptor, data):
-    view = memoryview(data)
-    while len(view):
-        count = _write(descriptor, view, len(view))
-        if count >= 0:
-            view = view[count:]
-        elif os.errno() in (EAGAIN, EINTR):
-            await writable(descriptor)
-        else:
-            raise OSError(os.errno(), "write")
+def write(descriptor, buffer, length):
+    """Bytes written; -1 if there is no room yet."""
+    count = _write(descriptor, buffer, length)
+    if count < 0 and os.errno() not in (EAGAIN, EINTR):
+        raise OSError(os.errno(), "writing")
+    return count
 
 
 def write_at(descriptor, offset, data):
-    checked(_lseek(descriptor, offset, 0), "lseek")
+    """Write all to a file."""
+    checked(_lseek(descriptor, offset, 0), "seeking")
     view = memoryview(data)
     while len(view):
-        view = view[checked(_write(descriptor, view, len(view)), "write") :]
+        view = view[checked(_write(descriptor, view, len(view)), "writing") :]
 
 
 def pipe():
     """Both ends, closed in other programs: (read, write)."""
     ends = array.array("i", [0, 0])
-    checked(_pipe2(ends, O_CLOEXEC), "pipe2")
+    checked(_pipe2(ends, O_CLOEXEC), "making a pipe")
     return ends[0], ends[1]
 
 
+def set_pipe_size(descriptor, size):
+    """As large as asked for, or as it was."""
+    _fcntl(descriptor, _F_SETPIPE_SZ, size)
+
+
 def set_nonblocking(descriptor):
-    _fcntl(descriptor, 4, O_NONBLOCK)
+    _fcntl(descriptor, _F_SETFL, O_NONBLOCK)
+
+
+def sealed_copy(path):
+    """A descriptor of a copy of a file in memory, which nobody can change (memfd_create(2))."""
+    descriptor = checked(_memfd_create(path, _MFD_CLOEXEC | _MFD_ALLOW_SEALING), "memfd_create")
+    with open(path, "rb") as file:
+        while part := file.read(1 << 16):
+            checked(_write(descriptor, part, len(part)), f"copying {path}")
+    checked(_fcntl(descriptor, _F_ADD_SEALS, _ALL_SEALS), f"sealing the copy of {path}")
+    return descriptor
+
+
+# Processes.
 
 
 def _c_strings(texts):
@@ -166,89 +191,71 @@ def _c_strings(texts):
     return array.array("Q", [uctypes.addressof(each) for each in kept] + [0]), kept
 
 
-_no_signals = bytearray(128)
-_children_signal = bytearray(128)
-_children_signal[0:8] = (1 << (SIGCHLD - 1)).to_bytes(8, "little")
-_blocked = bytearray(128)
-_blocked[0:8] = (1 << (SIGCHLD - 1) | 1 << (SIGPIPE - 1)).to_bytes(8, "little")
+def _signal_set(*signals):
+    found = bytearray(128)
+    found[0:8] = sum(1 << (number - 1) for number in signals).to_bytes(8, "little")
+    return found
 
 
-def spawn(command, environment, standard=(-1, -1, -1), session=False):
-    """Start a program with these descriptors as its standard streams, -1 for /dev/null; its process."""
+_NO_SIGNALS = _signal_set()
+
+
+def spawn(command, environment, standard=(-1, -1, -1), terminal=False, program=None):
+    """Start a program with these descriptors as its standard streams, -1 for /dev/null; its process number.
+
+    With ``terminal``, its standard input becomes the terminal that controls a session of its own. ``program`` is the
+    file to run, if that is not what the command says.
+    """
     arguments, _kept = _c_strings(command)
     variables, _kept_too = _c_strings(environment)
     streams = [each if each >= 0 else _null for each in standard]
     process = checked(_fork(), "fork")
     if process == 0:
-        _sigprocmask(_SIG_SETMASK, _no_signals, None)
-        if session:
-            _setsid()
-        for number in range(3):
-            # Descriptors of the agent are above 2, so that none is overwritten before it is used.
-            _dup2(streams[number], number)
-        _execve(command[0], uctypes.addressof(arguments), uctypes.addressof(variables))
-        _exit(127)
+        try:
+            _sigprocmask(_SIG_SETMASK, _NO_SIGNALS, None)
+            for number in range(3):
+                # Descriptors of the agent are above 2, so that none is overwritten before it is used.
+                _dup2(streams[number], number)
+            if terminal:
+                _setsid()
+                _ioctl(0, _TIOCSCTTY, None)
+            _execve(program or command[0], uctypes.addressof(arguments), uctypes.addressof(variables))
+        finally:
+            _exit(127)
     return process
 
 
-class Children:
-    """Who has ended, of those that the agent started or that were left to it: it is their reaper (prctl(2))."""
-
-    def __init__(self):
-        self._ended = {}
-        self._awaited = {}
-        self._kept = set()
-
-    def begin(self):
-        _sigprocmask(_SIG_BLOCK, _blocked, None)
-        checked(_prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0), "prctl")
-        self._signals = checked(_signalfd(-1, _children_signal, _SFD), "signalfd")
-        asyncio.create_task(self._watch())
-
-    async def _watch(self):
-        told, word = bytearray(128 * 16), array.array("i", [0])
-        while True:
-            await readable(self._signals)
-            while _read(self._signals, told, len(told)) > 0:
-                pass
+def spawn_reaper():
+    """Start the first process of a new PID namespace: it reaps there and does nothing else. Its number here."""
+    process = checked(_syscall(_SYS_CLONE, _CLONE_NEWPID | SIGCHLD, 0, 0, 0, 0), "making a PID namespace")
+    if process == 0:
+        try:
+            _syscall(_SYS_CLOSE_RANGE, 0, 0x7FFFFFFF, 0, 0, 0)
+            children, word = _signal_set(SIGCHLD), array.array("i", [0])
+            wait = _libc.func("i", "sigwait", "pp")
             while True:
-                process = _waitpid(-1, word, _WNOHANG)
-                if process <= 0:
-                    break
-                how = word[0]
-                status = how >> 8 & 0xFF if how & 0x7F == 0 else 128 + (how & 0x7F)
-                event = self._awaited.pop(process, None)
-                self._ended[process] = status
-                if event is not None:
-                    event.set()
-                if len(self._ended) > 1000:
-                    self._drop()
+                while _waitpid(-1, word, _WNOHANG) > 0:
+                    pass
+                wait(children, word)
+        finally:
+            _exit(1)
+    return process
 
-    def _drop(self):
-        """Orphans whom nobody asks for."""
-        for process in list(self._ended):
-            if process not in self._kept:
-                del self._ended[process]
 
-    def keep(self, process):
-        """Somebody will ask for it."""
-        self._kept.add(process)
+def become_reaper():
+    """Orphans below this process become its children; a descriptor that can be read when a child has ended."""
+    checked(_prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0), "becoming a reaper")
+    _sigprocmask(_SIG_BLOCK, _signal_set(SIGCHLD, SIGPIPE), None)
+    return checked(_signalfd(-1, _signal_set(SIGCHLD), O_NONBLOCK | O_CLOEXEC), "signalfd")
 
-    def ended(self, process):
-        return process in self._ended
 
-    async def wait(self, process):
-        """The exit status of a process that was kept; 128 + n after signal n."""
-        while process not in self._ended:
-            if process not in self._awaited:
-                self._awaited[process] = asyncio.Event()
-            await self._awaited[process].wait()
-        return self._ended[process]
-
-    def release(self, process):
-        """Nobody asks for it any more."""
-        self._kept.discard(process)
-        self._ended.pop(process, None)
+def reap():
+    """A child that has ended, and its exit status, 128 + n after signal n; None if there is none."""
+    process = _waitpid(-1, _word, _WNOHANG)
+    if process <= 0:
+        return None
+    how = _word[0]
+    return process, how >> 8 & 0xFF if how & 0x7F == 0 else 128 + (how & 0x7F)
 
 
 def kill(process, signal):
@@ -257,7 +264,10 @@ def kill(process, signal):
         return True
     if os.errno() == ESRCH:
         return False
-    raise OSError(os.errno(), "kill")
+    raise OSError(os.errno(), f"signal {signal}")
+
+
+# Mounts, files, names.
 
 
 def mount(source, place, kind, options):
@@ -275,102 +285,159 @@ def mount(source, place, kind, options):
 
 
 def unmount(place):
-    checked(_umount2(place, MNT_DETACH), f"unmounting {place}")
+    checked(_umount2(place, _MNT_DETACH), f"unmounting {place}")
+
+
+def enter_directory(parent, name, mode):
+    """A descriptor of a directory below another one, which is made if need be; never through a symbolic link."""
+    flags = O_PATH | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC
+    descriptor = _openat(parent, name, flags, 0)
+    if descriptor < 0 and os.errno() == ENOENT:
+        if _mkdirat(parent, name, mode) < 0 and os.errno() != EEXIST:
+            raise OSError(os.errno(), f"making directory {name}")
+        descriptor = _openat(parent, name, flags, 0)
+    return checked(descriptor, f"directory {name}")
+
+
+def open_below(parent, name, flags, mode=0):
+    """A file in a directory; never through a symbolic link."""
+    return checked(_openat(parent, name, flags | O_NOFOLLOW | O_CLOEXEC, mode), f"opening {name}")
+
+
+def link_below(target, parent, name):
+    checked(_symlinkat(target, parent, name), f"making link {name}")
+
+
+def rename_below(parent, name, new):
+    checked(_renameat(parent, name, parent, new), f"naming {new}")
+
+
+def remove_below(parent, name):
+    """False if there was none."""
+    return _unlinkat(parent, name, 0) == 0
+
+
+def set_owner(parent, name, uid, gid):
+    """Of a file in a directory, or of the directory itself if ``name`` is empty."""
+    flags = _AT_SYMLINK_NOFOLLOW | (_AT_EMPTY_PATH if not name else 0)
+    checked(_fchownat(parent, name, uid, gid, flags), f"giving {name} to {uid}:{gid}")
+
+
+def set_mode(path, mode):
+    checked(_chmod(path, mode), f"changing the mode of {path}")
+
+
+def set_mode_of(descriptor, mode):
+    checked(_fchmod(descriptor, mode), "changing a mode")
+
+
+def set_hostname(name):
+    checked(_sethostname(name, len(name.encode())), f"naming the guest {name}")
+
+
+def set_time(seconds, nanoseconds):
+    checked(_clock_settime(0, array.array("q", [seconds, nanoseconds])), "setting the clock")
+
+
+def reseed_random(data):
+    """Mix ``data`` into the pool, and seed the generator from the pool anew (random(4))."""
+    descriptor = open_file("/dev/urandom", O_WRONLY)
+    try:
+        write(descriptor, data, len(data))
+        checked(_ioctl(descriptor, _RNDRESEEDCRNG, None), "seeding the random generator")
+    finally:
+        _close(descriptor)
+
+
+def synchronise():
+    _sync()
+
+
+# Sockets, terminals, watches.
+
+
+def _listening(family, address, what):
+    descriptor = checked(_socket(family, 1 | O_NONBLOCK | O_CLOEXEC, 0), "socket")
+    if _bind(descriptor, address, len(address)) < 0 or _listen(descriptor, 64) < 0:
+        error = os.errno()
+        _close(descriptor)
+        raise OSError(error, f"listening on {what}")
+    return descriptor
 
 
 def listen_vsock(port):
     """A socket that listens on a vsock port of this guest (vsock(7)): struct sockaddr_vm."""
-    descriptor = checked(_socket(40, 1 | O_NONBLOCK | O_CLOEXEC, 0), "socket")
     address = bytearray(16)
     address[0:2] = (40).to_bytes(2, "little")
     address[4:8] = port.to_bytes(4, "little")
     address[8:12] = b"\xff\xff\xff\xff"
-    checked(_bind(descriptor, address, len(address)), f"binding vsock port {port}")
-    checked(_listen(descriptor, 64), "listen")
-    return descriptor
+    return _listening(40, address, f"vsock port {port}")
 
 
 def listen_unix(path):
-    descriptor = checked(_socket(1, 1 | O_NONBLOCK | O_CLOEXEC, 0), "socket")
+    """A socket that listens at a path of at most 107 bytes (unix(7)): struct sockaddr_un."""
     address = bytearray(110)
     address[0:2] = (1).to_bytes(2, "little")
     address[2 : 2 + len(path)] = path.encode()
-    checked(_bind(descriptor, address, len(address)), f"binding {path}")
-    checked(_listen(descriptor, 1), "listen")
+    return _listening(1, address, path)
+
+
+def accept(listener):
+    """The next connection; -1 if there is none yet."""
+    descriptor = _accept4(listener, None, None, O_NONBLOCK | O_CLOEXEC)
+    if descriptor < 0 and os.errno() not in (EAGAIN, EINTR):
+        raise OSError(os.errno(), "accepting a connection")
     return descriptor
 
 
-async def accept(listener):
-    while True:
-        descriptor = _accept4(listener, None, None, O_NONBLOCK | O_CLOEXEC)
-        if descriptor >= 0:
-            return descriptor
-        if os.errno() not in (EAGAIN, EINTR):
-            raise OSError(os.errno(), "accept")
-        await readable(listener)
-
-
-async def receive_descriptor(connection):
-    """The descriptor that comes with the next message (unix(7), SCM_RIGHTS)."""
+def receive_descriptor(connection):
+    """The descriptor that comes with the next message (unix(7), SCM_RIGHTS); -1 if there is none yet."""
     data, control = bytearray(256), bytearray(64)
     vector = array.array("Q", [uctypes.addressof(data), len(data)])
     header = array.array(
         "Q", [0, 0, uctypes.addressof(vector), 1, uctypes.addressof(control), len(control), 0]
     )  # struct msghdr
-    while _recvmsg(connection, header, 0) < 0:
+    if _recvmsg(connection, header, _MSG_CMSG_CLOEXEC) < 0:
         if os.errno() not in (EAGAIN, EINTR):
-            raise OSError(os.errno(), "recvmsg")
-        await readable(connection)
+            raise OSError(os.errno(), "receiving a descriptor")
+        return -1
     if int.from_bytes(control[0:8], "little") < 20:
         raise OSError(EIO, "a message without a descriptor")
     return int.from_bytes(control[16:20], "little")
 
 
+def open_terminal():
+    """A pseudo-terminal (pty(7)): our end, and the end for a program."""
+    ours = open_file("/dev/ptmx", O_RDWR | _O_NOCTTY)
+    number = array.array("i", [0])
+    _ioctl(ours, _TIOCSPTLCK, number)
+    _ioctl(ours, _TIOCGPTN, number)
+    theirs = _open(f"/dev/pts/{number[0]}", O_RDWR | _O_NOCTTY | O_CLOEXEC, 0)
+    if theirs < 0:
+        error = os.errno()
+        _close(ours)
+        raise OSError(error, "opening a terminal")
+    set_nonblocking(ours)
+    return ours, theirs
+
+
 def set_window(terminal, rows, columns):
-    checked(_ioctl(terminal, TIOCSWINSZ, array.array("H", [rows, columns, 0, 0])), "TIOCSWINSZ")
+    checked(_ioctl(terminal, _TIOCSWINSZ, array.array("H", [rows, columns, 0, 0])), "setting the window's size")
 
 
-class FileWatch:
-    """Tells which of the files that are watched were changed (inotify(7))."""
-
-    def __init__(self):
-        self._descriptor = checked(_inotify_init1(_SFD), "inotify_init1")
-
-    def add(self, path):
-        return checked(_inotify_add_watch(self._descriptor, path, 2), path)
-
-    def remove(self, number):
-        _inotify_rm_watch(self._descriptor, number)
-
-    async def changed(self):
-        """Numbers of the files that were changed, after at least one was."""
-        buffer = bytearray(4096)
-        while True:
-            count = read_now(self._descriptor, buffer, len(buffer))
-            if count > 0:
-                break
-            await readable(self._descriptor)
-        found, at = [], 0
-        while at < count:
-            found.append(int.from_bytes(buffer[at : at + 4], "little"))
-            at += 16 + int.from_bytes(buffer[at + 12 : at + 16], "little")
-        return found
+def watch_files():
+    return checked(_inotify_init1(O_NONBLOCK | O_CLOEXEC), "inotify_init1")
 
 
-def set_owner(path, uid, gid):
-    checked(_chown(path, uid, gid), path)
+def watch_file(watch, path):
+    return checked(_inotify_add_watch(watch, path, _IN_MODIFY), f"watching {path}")
 
 
-def set_mode(path, mode):
-    checked(_chmod(path, mode), path)
+def unwatch_file(watch, number):
+    _inotify_rm_watch(watch, number)
 
 
-def set_hostname(name):
-    checked(_sethostname(name, len(name.encode())), "sethostname")
-
-
-def set_time(seconds, nanoseconds):
-    checked(_clock_settime(0, array.array("q", [seconds, nanoseconds])), "clock_settime")
+# Files, with what MicroPython has.
 
 
 def make_directories(path, mode=0o755):
@@ -382,7 +449,7 @@ def make_directories(path, mode=0o755):
             set_mode(made, mode)
         except OSError as error:
             if error.args[0] != EEXIST:
-                raise
+                raise OSError(error.args[0], f"making directory {made}")
 
 
 def exists(path):
@@ -393,4 +460,26 @@ def exists(path):
     return True
 
 
+def remove_tree(path):
+    """Remove a directory with all that is in it; what is mounted below it stays."""
+    try:
+        entries = list(os.ilistdir(path))
+    except OSError:
+        return
+    for entry in entries:
+        inner = path + "/" + entry[0]
+        try:
+            if entry[1] == 0x4000:
+                remove_tree(inner)
+            else:
+                os.remove(inner)
+        except OSError:
+            pass
+    try:
+        os.rmdir(path)
+    except OSError:
+        pass
+
+
+_word = array.array("i", [0])
 _null = open_file("/dev/null", O_RDWR)

@@ -2,8 +2,8 @@
 
 import os
 
-import linux
 from rpc import INVALID_ARGUMENT, NOT_FOUND, RpcError
+from streams import output_of
 
 IP = "/usr/bin/ip"
 ENVIRONMENT = ("PATH=/usr/sbin:/usr/bin:/sbin:/bin",)
@@ -17,35 +17,17 @@ def _text(path):
         return ""
 
 
-async def _ip(agent, arguments):
+async def _ip(children, arguments):
     """Run ip; what it prints."""
-    ours, theirs = linux.pipe()
-    linux.set_nonblocking(ours)
-    try:
-        process = linux.spawn([IP] + arguments, ENVIRONMENT, (-1, theirs, theirs))
-        agent.children.keep(process)
-        linux.close(theirs)
-        said, buffer = b"", bytearray(4096)
-        while True:
-            count = linux.read_now(ours, buffer, len(buffer))
-            if count == 0:
-                break
-            if count < 0:
-                await linux.readable(ours)
-            else:
-                said += buffer[:count]
-    finally:
-        linux.close(ours)
-    status = await agent.children.wait(process)
-    agent.children.release(process)
+    status, said = await output_of(children, [IP] + arguments, ENVIRONMENT)
     if status != 0:
         raise RpcError(INVALID_ARGUMENT, f"ip {' '.join(arguments)}: {said.decode().strip()}")
     return said.decode()
 
 
-async def list_interfaces(agent):
+async def list_interfaces(children):
     addresses = {}
-    for line in (await _ip(agent, ["-o", "addr", "show"])).split("\n"):
+    for line in (await _ip(children, ["-o", "addr", "show"])).split("\n"):
         words = line.split()
         if len(words) > 3 and words[2] in ("inet", "inet6"):
             address, _, mask = words[3].partition("/")
@@ -67,9 +49,9 @@ async def list_interfaces(agent):
     return found
 
 
-async def update_interface(agent, wanted):
+async def update_interface(children, wanted):
     """Give an interface, found by its hardware address or name, a name, addresses and an MTU, and bring it up."""
-    present = await list_interfaces(agent)
+    present = await list_interfaces(children)
     for each in present:
         by_address = wanted["hwAddr"] and each["hwAddr"].lower() == wanted["hwAddr"].lower()
         if by_address or (not wanted["hwAddr"] and each["name"] == wanted["name"]):
@@ -78,22 +60,22 @@ async def update_interface(agent, wanted):
         raise RpcError(NOT_FOUND, f"the guest has no interface {wanted['hwAddr'] or wanted['name']!r}")
     name = each["name"]
     if wanted["name"] and wanted["name"] != name:
-        await _ip(agent, ["link", "set", name, "down"])
-        await _ip(agent, ["link", "set", name, "name", wanted["name"]])
+        await _ip(children, ["link", "set", name, "down"])
+        await _ip(children, ["link", "set", name, "name", wanted["name"]])
         name = wanted["name"]
-    await _ip(agent, ["addr", "flush", "dev", name])
+    await _ip(children, ["addr", "flush", "dev", name])
     for address in wanted["IPAddresses"]:
-        await _ip(agent, ["addr", "add", f"{address['address']}/{address['mask']}", "dev", name])
+        await _ip(children, ["addr", "add", f"{address['address']}/{address['mask']}", "dev", name])
     if wanted["mtu"]:
-        await _ip(agent, ["link", "set", name, "mtu", str(wanted["mtu"])])
-    await _ip(agent, ["link", "set", name, "up"])
-    return next(each for each in await list_interfaces(agent) if each["name"] == name)
+        await _ip(children, ["link", "set", name, "mtu", str(wanted["mtu"])])
+    await _ip(children, ["link", "set", name, "up"])
+    return next(each for each in await list_interfaces(children) if each["name"] == name)
 
 
-async def list_routes(agent):
+async def list_routes(children):
     found = []
     for family, option in ((0, "-4"), (1, "-6")):
-        for line in (await _ip(agent, [option, "route", "show"])).split("\n"):
+        for line in (await _ip(children, [option, "route", "show"])).split("\n"):
             words = line.split()
             if not words:
                 continue
@@ -105,15 +87,15 @@ async def list_routes(agent):
     return found
 
 
-async def update_routes(agent, routes):
+async def update_routes(children, routes):
     """Add routes, those without a gateway first, since others lead through them."""
     for route in sorted(routes, key=lambda each: each["gateway"] != ""):
         arguments = ["-6" if route["family"] else "-4", "route", "replace", route["dest"] or "default"]
         for name, field in (("via", "gateway"), ("dev", "device"), ("src", "source")):
             if route[field]:
                 arguments += [name, route[field]]
-        await _ip(agent, arguments)
-    return await list_routes(agent)
+        await _ip(children, arguments)
+    return await list_routes(children)
 
 
 def statistics():

@@ -1,4 +1,4 @@
-"""A ttrpc server for MicroPython (ttrpc, PROTOCOL.md, version 1.0: unary calls) on a descriptor of a vsock connection.
+"""A ttrpc server for MicroPython (ttrpc, PROTOCOL.md, version 1.0: unary calls) on vsock.
 
 Every call is a task of its own. What a client may cost is bounded: the length of a frame, and the calls under way.
 """
@@ -8,15 +8,19 @@ import sys
 
 import linux
 from interface import MESSAGES, METHODS
+from streams import Listener
 from wire import WireError, decode, encode
 
 OK, CANCELLED, UNKNOWN, INVALID_ARGUMENT, DEADLINE_EXCEEDED, NOT_FOUND, ALREADY_EXISTS = range(7)
 PERMISSION_DENIED, RESOURCE_EXHAUSTED, FAILED_PRECONDITION, ABORTED, OUT_OF_RANGE, UNIMPLEMENTED = range(7, 13)
 INTERNAL, UNAVAILABLE = 13, 14
 
-MAX_FRAME = 1 << 20
-MAX_CALLS = 256
+MAX_FRAME = 1 << 19
+MAX_CALLS = 1024
+MAX_OUTPUT = 1 << 17  # bytes of a stream in one answer
 _REQUEST, _RESPONSE = 1, 2
+_HEADER = 10
+_BEFORE = 32  # bytes in front of a stream's data, for all headers
 
 
 class RpcError(Exception):
@@ -28,11 +32,16 @@ class RpcError(Exception):
         self.message = message
 
 
-class Raw:
-    """An answer whose message is one field 1 of bytes, which are sent as they are."""
+class Output:
+    """An answer that is the next data of a stream: it goes from the descriptor into what is sent.
 
-    def __init__(self, data):
-        self.data = data
+    ``at_end`` is called when the stream has ended.
+    """
+
+    def __init__(self, stream, limit, at_end):
+        self.stream = stream
+        self.limit = min(limit or MAX_OUTPUT, MAX_OUTPUT)
+        self.at_end = at_end
 
 
 def _varint(value):
@@ -47,145 +56,169 @@ def _varint(value):
 class Connection:
     """One client."""
 
-    def __init__(self, descriptor, handlers):
-        self._descriptor = descriptor
+    def __init__(self, stream, handlers):
+        self._stream = stream
         self._handlers = handlers
         self._writing = asyncio.Lock()
         self._tasks = set()
-        self._buffer = bytearray(8192)
+        self._buffer = bytearray(4096)
         self._start = self._end = 0
+        self._output = None
 
     async def serve(self):
-        header = bytearray(10)
+        header = bytearray(_HEADER)
         try:
             while await self._read_into(header):
                 length = int.from_bytes(header[0:4], "big")
-                stream = int.from_bytes(header[4:8], "big")
-                if header[8] != _REQUEST or not stream & 1:
+                number = int.from_bytes(header[4:8], "big")
+                if header[8] != _REQUEST or not number & 1:
                     break
+                error = None
                 if length > MAX_FRAME:
-                    await self._skip(length)
-                    text = f"a request of {length} bytes is longer than {MAX_FRAME}"
-                    await self._refuse(stream, RpcError(RESOURCE_EXHAUSTED, text))
-                    continue
-                data = bytearray(length)
-                if not await self._read_into(data):
+                    error = RpcError(RESOURCE_EXHAUSTED, f"a request of {length} bytes is longer than {MAX_FRAME}")
+                elif len(self._tasks) >= MAX_CALLS:
+                    error = RpcError(RESOURCE_EXHAUSTED, f"{MAX_CALLS} calls are under way")
+                else:
+                    try:
+                        data = bytearray(length)
+                    except MemoryError:
+                        error = RpcError(RESOURCE_EXHAUSTED, f"the agent has no memory for {length} bytes")
+                if error is not None:
+                    if not await self._skip(length):
+                        break
+                    await self._refuse(number, error)
+                elif await self._read_into(data):
+                    self._tasks.add(asyncio.create_task(self._run(number, data)))
+                    data = None
+                else:
                     break
-                if len(self._tasks) >= MAX_CALLS:
-                    await self._refuse(stream, RpcError(RESOURCE_EXHAUSTED, f"{MAX_CALLS} calls are under way"))
-                    continue
-                self._tasks.add(asyncio.create_task(self._run(stream, data)))
         except OSError:
             pass  # the client is gone
         finally:
             for task in list(self._tasks):
                 task.cancel()
-            linux.close(self._descriptor)
+            self._stream.close()
 
     async def _read_into(self, target):
         """Fill ``target``; False where the stream ends."""
         view, done = memoryview(target), 0
-        while done < len(target):
+        while done < len(view):
             if self._start == self._end:
-                rest = len(target) - done
+                rest = len(view) - done
                 if rest >= len(self._buffer):
-                    count = await self._receive(view[done:], rest)
-                    if count <= 0:
+                    count = await self._stream.read(view[done:], rest)
+                    if count == 0:
                         return False
                     done += count
                     continue
-                self._start, self._end = 0, await self._receive(self._buffer, len(self._buffer))
-                if self._end <= 0:
-                    self._end = 0
+                self._start, self._end = 0, await self._stream.read(self._buffer, len(self._buffer))
+                if self._end == 0:
                     return False
-            count = min(len(target) - done, self._end - self._start)
+            count = min(len(view) - done, self._end - self._start)
             view[done : done + count] = memoryview(self._buffer)[self._start : self._start + count]
             self._start += count
             done += count
         return True
 
-    async def _receive(self, buffer, length):
-        while True:
-            count = linux.read_now(self._descriptor, buffer, length)
-            if count >= 0:
-                return count
-            await linux.readable(self._descriptor)
-
     async def _skip(self, length):
-        scratch = bytearray(8192)
+        scratch = memoryview(bytearray(4096))
         while length > 0:
-            part = min(length, len(scratch))
-            if not await self._read_into(memoryview(scratch)[:part]):
-                break
-            length -= part
+            if not await self._read_into(scratch[: min(length, len(scratch))]):
+                return False
+            length -= min(length, len(scratch))
+        return True
 
-    async def _run(self, stream, data):
+    async def _run(self, number, data):
+        name = "a request"
         try:
             try:
                 request = decode(MESSAGES, "ttrpc.Request", data)
+                data = None
                 name = request["service"] + "/" + request["method"]
                 handler = self._handlers.get(name)
-                if handler is None or name not in METHODS:
+                if handler is None:
                     raise RpcError(UNIMPLEMENTED, f"the agent has no method {name}")
-                message = decode(MESSAGES, METHODS[name][0], request["payload"])
+                asked, answered = METHODS[name]
+                message = decode(MESSAGES, asked, request["payload"])
                 timeout = request["timeout_nano"]
-                if timeout > 0:
-                    answer = await asyncio.wait_for(handler(message), timeout / 1e9)
+                request = None
+                answer = await _within(timeout, handler(message))
+                message = None
+                if isinstance(answer, Output):
+                    await _within(timeout, answer.stream.readable())
+                    while not await self._send_output(number, answer):
+                        await _within(timeout, answer.stream.readable())
                 else:
-                    answer = await handler(message)
-                if isinstance(answer, Raw):
-                    await self._send_raw(stream, answer.data)
-                else:
-                    payload = encode(MESSAGES, METHODS[name][1], answer or {})
-                    await self._send(stream, encode(MESSAGES, "ttrpc.Response", {"payload": payload}))
+                    payload = encode(MESSAGES, answered, answer or {})
+                    await self._send(number, encode(MESSAGES, "ttrpc.Response", {"payload": payload}))
             except RpcError as error:
-                await self._refuse(stream, error)
+                await self._refuse(number, error)
             except WireError as error:
-                await self._refuse(stream, RpcError(INVALID_ARGUMENT, str(error)))
+                await self._refuse(number, RpcError(INVALID_ARGUMENT, str(error)))
             except asyncio.TimeoutError:
-                await self._refuse(stream, RpcError(DEADLINE_EXCEEDED, f"{name} did not end in time"))
+                await self._refuse(number, RpcError(DEADLINE_EXCEEDED, f"{name} did not end in time"))
             except OSError as error:
-                number = error.args[0] if error.args else 0
-                await self._refuse(stream, RpcError(INTERNAL, f"{name} failed: {error}, errno {number}"))
-            except MemoryError as error:
-                await self._refuse(stream, RpcError(RESOURCE_EXHAUSTED, f"the agent has no memory for this: {error}"))
+                await self._refuse(number, RpcError(INTERNAL, f"{name}: {linux.explain(error)}"))
+            except MemoryError:
+                await self._refuse(number, RpcError(RESOURCE_EXHAUSTED, f"the agent has no memory for {name}"))
             except Exception as error:
                 sys.print_exception(error)
-                await self._refuse(stream, RpcError(INTERNAL, f"{name} raised {type(error).__name__}: {error}"))
+                await self._refuse(number, RpcError(INTERNAL, f"{name} raised {type(error).__name__}: {error}"))
         except OSError:
             pass  # the client is gone
         finally:
             self._tasks.discard(asyncio.current_task())
 
-    async def _refuse(self, stream, error):
+    async def _refuse(self, number, error):
         status = {"code": error.code, "message": error.message}
-        await self._send(stream, encode(MESSAGES, "ttrpc.Response", {"status": status}))
+        await self._send(number, encode(MESSAGES, "ttrpc.Response", {"status": status}))
 
-    async def _send(self, stream, data):
-        header = len(data).to_bytes(4, "big") + stream.to_bytes(4, "big") + bytes((_RESPONSE, 0))
+    async def _send(self, number, data):
+        header = len(data).to_bytes(4, "big") + number.to_bytes(4, "big") + bytes((_RESPONSE, 0))
         await self._writing.acquire()
         try:
-            await linux.write_all(self._descriptor, header + data)
+            await self._stream.write(header + data)
         finally:
             self._writing.release()
 
-    async def _send_raw(self, stream, data):
-        """Response{payload: {1: data}} without copying the data."""
-        inner = b"\x0a" + _varint(len(data)) if len(data) else b""
-        outer = b"\x12" + _varint(len(inner) + len(data)) + inner if len(data) else b""
-        length = len(outer) + len(data)
-        header = length.to_bytes(4, "big") + stream.to_bytes(4, "big") + bytes((_RESPONSE, 0))
+    async def _send_output(self, number, output):
+        """Send Response{payload: {1: data}}, with data read into the place from where it is sent.
+
+        False if there was none after all, since another reader was faster.
+        """
         await self._writing.acquire()
         try:
-            await linux.write_all(self._descriptor, header + outer)
-            if len(data):
-                await linux.write_all(self._descriptor, data)
+            if self._output is None:
+                self._output = memoryview(bytearray(_BEFORE + MAX_OUTPUT))
+            count = output.stream.read_now(self._output[_BEFORE:], output.limit)
+            if count < 0:
+                return False
+            head = bytearray(_HEADER)
+            if count:
+                inner = b"\x0a" + _varint(count)
+                head += b"\x12" + _varint(len(inner) + count) + inner
+            head[0:4] = (len(head) - _HEADER + count).to_bytes(4, "big")
+            head[4:8] = number.to_bytes(4, "big")
+            head[8] = _RESPONSE
+            start = _BEFORE - len(head)
+            self._output[start:_BEFORE] = head
+            await self._stream.write(self._output[start : _BEFORE + count])
         finally:
             self._writing.release()
+        if count == 0:
+            output.at_end()
+        return True
+
+
+async def _within(nanoseconds, waiting):
+    """Await it, for so long at most; for ever if that is not positive."""
+    if nanoseconds <= 0:
+        return await waiting
+    return await asyncio.wait_for(waiting, nanoseconds / 1e9)
 
 
 async def serve(port, handlers):
     """Serve every connection to a vsock port of this guest."""
-    listener = linux.listen_vsock(port)
+    listener = Listener(linux.listen_vsock(port))
     while True:
-        asyncio.create_task(Connection(await linux.accept(listener), handlers).serve())
+        asyncio.create_task(Connection(await listener.accept(), handlers).serve())

@@ -1,14 +1,19 @@
-"""What is mounted before a container uses it: the ``Storage`` messages of the agent API, by their drivers."""
+"""What is mounted before a container uses it: the ``Storage`` messages of the agent API, by their drivers.
+
+A place that several containers name is mounted once, and unmounted with the last of them.
+"""
 
 import os
 
+import files
 import linux
 from rpc import INVALID_ARGUMENT, NOT_FOUND, RpcError
 
-RUN = "/run/kata-containers/"
+RUN = "/run/kata-containers"
+DRIVERS = ("virtio-fs", "blk", "overlayfs", "ephemeral", "local", "bind")
 
 
-def _find_disk(source):
+def find_disk(source):
     """The device of ``serial=…``, or the path itself."""
     if not source.startswith("serial="):
         return source
@@ -23,42 +28,36 @@ def _find_disk(source):
     raise RpcError(NOT_FOUND, f"the guest has no disk with serial number {wanted!r}")
 
 
-def _directories(options):
-    """Directories of an overlay that are to be made."""
-    for option in options:
-        name, _, path = option.partition("=")
-        if name in ("upperdir", "workdir"):
-            linux.make_directories(path)
-
-
-def mount_storage(storage):
-    """Mount one; returns what :func:`undo` takes."""
+def _mount(storage):
     driver, place, options = storage["driver"], storage["mount_point"], storage["options"]
-    if not place.startswith("/run/") or "/../" in place + "/":
-        raise RpcError(INVALID_ARGUMENT, f"storage at {place!r} must be mounted below /run")
     source, kind = storage["source"], storage["fstype"]
-    linux.make_directories(place)
+    if driver not in DRIVERS:
+        raise RpcError(INVALID_ARGUMENT, f"storage driver {driver!r} is not known; {', '.join(DRIVERS)} are")
     if driver == "virtio-fs":
         kind = "virtiofs"
     elif driver == "blk":
-        source = _find_disk(source)
+        source = find_disk(source)
     elif driver == "overlayfs":
-        kind = "overlay"
-        _directories(options)
-    elif driver in ("ephemeral", "local"):
-        kind, source = "tmpfs", "tmpfs"
+        kind, source = "overlay", source or "overlay"
+        for option in options:
+            name, _, path = option.partition("=")
+            if name in ("upperdir", "workdir"):
+                files.make_directory(path)
     elif driver == "bind":
         kind, options = "none", list(options) + ["bind"]
     else:
-        known = "virtio-fs, blk, overlayfs, ephemeral, local and bind"
-        raise RpcError(INVALID_ARGUMENT, f"storage driver {driver!r} is not known; {known} are")
-    linux.mount(source, place, kind, options)
-    if kind == "virtiofs":
-        read_ahead(place)
-    return place
+        kind = source = "tmpfs"
+    files.make_directory(place)
+    try:
+        linux.mount(source, place, kind, options)
+    except OSError:
+        _remove_directory(place)
+        raise
+    if driver == "virtio-fs":
+        _read_ahead(place)
 
 
-def read_ahead(place):
+def _read_ahead(place):
     """Let the kernel read as much of a file ahead as one request can carry; it begins with an eighth of that."""
     device = os.stat(place)[2]
     major = device >> 8 & 0xFFF
@@ -70,45 +69,67 @@ def read_ahead(place):
         pass  # a kernel without it reads in smaller parts
 
 
-def mount_all(storages):
-    """Mount all, or none; returns the places, the first one first."""
-    places = []
+def _remove_directory(place):
     try:
-        for storage in storages:
-            places.append(mount_storage(storage))
-    except Exception:
-        undo(places)
-        raise
-    return places
-
-
-def undo(places):
-    """Unmount, the last one first, and remove the directories."""
-    while places:
-        place = places.pop()
-        try:
-            linux.unmount(place)
-            os.rmdir(place)
-        except OSError:
-            pass
-
-
-def remove_tree(path):
-    """Remove a directory with all that is in it; mounts below it stay."""
-    try:
-        entries = list(os.ilistdir(path))
+        os.rmdir(place)
     except OSError:
-        return
-    for entry in entries:
-        inner = path + "/" + entry[0]
+        pass  # it is not empty: it was there before
+
+
+class Storages:
+    """Places that are mounted, and by how many they are used."""
+
+    def __init__(self):
+        self._users = {}
+
+    def mount_all(self, storages):
+        """Mount all, or none; the places, the first one first."""
+        places = []
         try:
-            if entry[1] == 0x4000:
-                remove_tree(inner)
-            else:
-                os.remove(inner)
-        except OSError:
-            pass
-    try:
-        os.rmdir(path)
-    except OSError:
-        pass
+            for storage in storages:
+                place = storage["mount_point"]
+                if place not in self._users:
+                    _mount(storage)
+                self._users[place] = self._users.get(place, 0) + 1
+                places.append(place)
+        except BaseException:
+            self.undo(places)
+            raise
+        return places
+
+    def undo(self, places):
+        """Unmount, the last one first, and remove the directories."""
+        while places:
+            place = places.pop()
+            self._users[place] -= 1
+            if self._users[place]:
+                continue
+            del self._users[place]
+            try:
+                linux.unmount(place)
+            except OSError:
+                pass  # a mount below a place that was unmounted is gone with it
+            _remove_directory(place)
+
+
+def remount(storage):
+    """Change the options of what is mounted."""
+    files.parts_of(storage["mount_point"])
+    options = list(storage["options"]) + ["remount"]
+    linux.mount(storage["source"], storage["mount_point"], storage["fstype"], options)
+
+
+def clear():
+    """Unmount everything that an agent before this one has mounted, and remove its files. False if there was none."""
+    if not linux.exists(RUN):
+        return False
+    with open("/proc/self/mounts") as file:
+        places = [line.split()[1].replace("\\040", " ") for line in file]
+    for place in reversed(places):
+        if place.startswith(RUN + "/"):
+            try:
+                linux.unmount(place)
+            except OSError:
+                pass
+    linux.remove_tree(RUN)
+    return True
