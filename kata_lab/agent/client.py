@@ -1,6 +1,6 @@
 """Calls to the agent in the guest: Kata's agent API over ttrpc (``kata_lab/protocol/agent.proto``, ``health.proto``).
 
-The last calls are kept with their times, for whoever wants to see them pass.
+The last calls are kept with their times, for whoever wants to see them pass; of all of them, how long they took.
 """
 
 from __future__ import annotations
@@ -8,9 +8,10 @@ from __future__ import annotations
 import asyncio
 import socket
 import time
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Final
 
@@ -28,6 +29,8 @@ DEBUG_CONSOLE_PORT: Final = 1026
 
 DIAL_INTERVAL: Final = 0.01  #: seconds between two attempts to reach the agent
 REMEMBERED_CALLS: Final = 1000
+REMEMBERED_BYTES: Final = 256  #: of data in a call that is remembered
+BUCKETS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)  #: upper bounds of durations in milliseconds
 
 Dial = Callable[[], Awaitable[socket.socket]]
 
@@ -42,7 +45,7 @@ class AgentCall:
 
     Attributes:
         method: its name.
-        request: the message.
+        request: the message; of data in it only the beginning.
         began: host seconds (``time.monotonic``).
         seconds: until it was answered.
         status: how it ended; OK for an answer.
@@ -53,6 +56,29 @@ class AgentCall:
     began: float
     seconds: float
     status: StatusCode
+
+
+@dataclass(slots=True)
+class Durations:
+    """How long all calls of one method took.
+
+    Attributes:
+        buckets: how many took at most as long as each of :data:`BUCKETS` and longer than the one before; then the rest.
+        milliseconds: of all together.
+    """
+
+    buckets: list[int] = field(default_factory=lambda: [0] * (len(BUCKETS) + 1))
+    milliseconds: float = 0.0
+
+    def add(self, milliseconds: float) -> None:
+        """Count one call."""
+        self.buckets[bisect_left(BUCKETS, milliseconds)] += 1
+        self.milliseconds += milliseconds
+
+    @property
+    def count(self) -> int:
+        """How many calls there were."""
+        return sum(self.buckets)
 
 
 class AgentClient:
@@ -67,6 +93,10 @@ class AgentClient:
         self.calls: deque[AgentCall] = deque(maxlen=REMEMBERED_CALLS)
         #: Called with every call that has ended.
         self.on_call: Callable[[AgentCall], object] | None = None
+        #: By method.
+        self.durations: dict[str, Durations] = {}
+        #: Tells why the guest is gone, for calls that fail since the connection is lost.
+        self.fate: Callable[[], Awaitable[str]] | None = None
 
     @classmethod
     async def connect(cls, dial: Dial, timeout: float, gone: Callable[[], str | None]) -> AgentClient:
@@ -92,11 +122,6 @@ class AgentClient:
                     raise
             except (OSError, KataLabError) as error:
                 last = error
-            except Exception as error:
-                # The VMM's errors are not known here.
-                if type(error).__module__.partition(".")[0] != "vmm":
-                    raise
-                last = error  # type: ignore[assignment]
             if (why := gone()) is not None:
                 raise AgentError(f"the guest is gone before its agent answered: {why}") from last
             if time.monotonic() > deadline:
@@ -107,9 +132,14 @@ class AgentClient:
         """Call a method of the AgentService with the fields of its request.
 
         Raises:
-            RpcError: it failed.
+            RpcError: it failed; UNAVAILABLE says why the guest is gone.
         """
-        return await self._call(AGENT, method, request, timeout)
+        try:
+            return await self._call(AGENT, method, request, timeout)
+        except RpcError as error:
+            if error.code is not StatusCode.UNAVAILABLE or self.lost is None or self.fate is None:
+                raise
+            raise RpcError(StatusCode.UNAVAILABLE, await self.fate()) from error
 
     async def check(self, timeout: float | None = None) -> None:
         """Ask the agent whether it serves. RpcError if it does not answer, or says no."""
@@ -132,8 +162,9 @@ class AgentClient:
             status = error.code
             raise
         finally:
-            ended = AgentCall(method, request, began, time.monotonic() - began, status)
+            ended = AgentCall(method, _remembered(request), began, time.monotonic() - began, status)
             self.calls.append(ended)
+            self.durations.setdefault(method, Durations()).add(ended.seconds * 1000)
             if self.on_call is not None:
                 self.on_call(ended)
 
@@ -141,6 +172,10 @@ class AgentClient:
     def lost(self) -> RpcError | None:
         """Why the connection is of no more use; None while it is."""
         return self._client.lost
+
+    async def wait_lost(self) -> RpcError:
+        """Wait until the connection is of no more use, and say why."""
+        return await self._client.wait_lost()
 
     async def close(self) -> None:
         """Close the connection."""
@@ -153,3 +188,10 @@ class AgentClient:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.close()
+
+
+def _remembered(request: dict[str, Any]) -> dict[str, Any]:
+    data = request.get("data")
+    if not isinstance(data, (bytes, bytearray)) or len(data) <= REMEMBERED_BYTES:
+        return request
+    return {**request, "data": bytes(data[:REMEMBERED_BYTES])}

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from kata_lab.hypervisor.base import Hypervisor, HypervisorConfig
+from kata_lab.hypervisor.base import Hypervisor, HypervisorConfig, HypervisorError
 
-__all__ = ["Hypervisor", "HypervisorConfig"]
+__all__ = ["Hypervisor", "HypervisorConfig", "HypervisorError"]

@@ -12,7 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from kata_lab.errors import KataLabError
 from vmm.config import DeviceConfig
+
+
+class HypervisorError(KataLabError):
+    """A VM that does not do what was asked of it; its cause is the VMM's own error."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,16 +51,24 @@ class Hypervisor(abc.ABC):
     name: str
 
     @abc.abstractmethod
+    async def load(self) -> None:
+        """Load what every VM needs; takes seconds the first time on a machine."""
+
+    @abc.abstractmethod
     async def prepare_vm(self, config: HypervisorConfig) -> None:
         """Make the VM; nothing of the guest runs yet.
 
         Raises:
-            KataLabError or VmmError: it cannot be made; nothing is left behind.
+            HypervisorError: it cannot be made; nothing is left behind.
         """
 
     @abc.abstractmethod
     async def start_vm(self, timeout: float) -> None:
-        """Let the guest run. Fails if that takes longer than ``timeout`` seconds."""
+        """Let the guest run.
+
+        Raises:
+            HypervisorError: it cannot be started, or not within ``timeout`` seconds.
+        """
 
     @abc.abstractmethod
     async def stop_vm(self) -> None:
@@ -75,7 +88,7 @@ class Hypervisor(abc.ABC):
 
     @abc.abstractmethod
     async def dial(self, port: int) -> socket.socket:
-        """Connect to a vsock port of the guest; raises while nobody listens there."""
+        """Connect to a vsock port of the guest; HypervisorError while nobody listens there."""
 
     @abc.abstractmethod
     def listen(self, port: int, accept: Callable[[socket.socket], object]) -> None:

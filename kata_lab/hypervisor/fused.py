@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from kata_lab.errors import KataLabError
-from kata_lab.hypervisor.base import Hypervisor, HypervisorConfig
+from kata_lab.hypervisor.base import Hypervisor, HypervisorConfig, HypervisorError
 from vmm import actions
 from vmm.config import ConsoleConfig, VmConfig
+from vmm.errors import VmmError
 
 if TYPE_CHECKING:
     from vmm.devices.virtio.fs.device import FsDevice
@@ -40,39 +41,43 @@ class FusedHypervisor(Hypervisor):
         """The VM.
 
         Raises:
-            KataLabError: it is not made yet, or gone.
+            HypervisorError: it is not made yet, or gone.
         """
         if self._vm is None:
-            raise KataLabError("the sandbox has no VM: it is not prepared, or cleaned up already")
+            raise HypervisorError("the sandbox has no VM: it is not prepared, or cleaned up already")
         return self._vm
+
+    async def load(self) -> None:
+        from vmm.engine.rv64.hart import Rv64Engine
+
+        await asyncio.to_thread(Rv64Engine.prepare)
 
     async def prepare_vm(self, config: HypervisorConfig) -> None:
         from vmm.microvm import MicroVm
 
-        self._vm = MicroVm(
-            VmConfig(
-                kernel=config.kernel,
-                initrd=config.initrd,
-                cmdline=config.cmdline,
-                vcpus=config.vcpus,
-                memory_mib=config.memory_mib,
-                devices=tuple(config.devices),
-                console=ConsoleConfig(milestones=config.milestones),
-                trace=config.trace,
+        with _told():
+            self._vm = MicroVm(
+                VmConfig(
+                    kernel=config.kernel,
+                    initrd=config.initrd,
+                    cmdline=config.cmdline,
+                    vcpus=config.vcpus,
+                    memory_mib=config.memory_mib,
+                    devices=tuple(config.devices),
+                    console=ConsoleConfig(milestones=config.milestones),
+                    trace=config.trace,
+                )
             )
-        )
 
     async def start_vm(self, timeout: float) -> None:
-        from vmm.engine.rv64.hart import Rv64Engine
-
         # The first time on a machine it compiles for seconds, which is no part of the limit.
-        await asyncio.to_thread(Rv64Engine.prepare)
+        await self.load()
         self._started_at = time.monotonic()
         try:
             async with asyncio.timeout(timeout):
                 await self._ask(actions.StartMicroVm())
         except TimeoutError:
-            raise KataLabError(f"the VM did not start within {timeout:g} s") from None
+            raise HypervisorError(f"the VM did not start within {timeout:g} s") from None
 
     async def stop_vm(self) -> None:
         if self._vm is not None:
@@ -88,16 +93,20 @@ class FusedHypervisor(Hypervisor):
         await self._ask(actions.ResumeMicroVm())
 
     async def dial(self, port: int) -> socket.socket:
-        return await asyncio.wrap_future(self._vsock.dial(port))
+        with _told():
+            return await asyncio.wrap_future(self._vsock.dial(port))
 
     def listen(self, port: int, accept: Callable[[socket.socket], object]) -> None:
-        self._vsock.listen(port, accept)
+        with _told():
+            self._vsock.listen(port, accept)
 
     async def add_share(self, name: str, path: Path, read_only: bool, override_stat: bool) -> None:
-        self._share.add(name, path, read_only=read_only, override_stat=override_stat)
+        with _told():
+            self._share.add(name, path, read_only=read_only, override_stat=override_stat)
 
     async def remove_share(self, name: str) -> None:
-        self._share.remove(name)
+        with _told():
+            self._share.remove(name)
 
     def ended(self) -> str | None:
         end = self.vm.end
@@ -131,5 +140,15 @@ class FusedHypervisor(Hypervisor):
     def _share(self) -> FsDevice:
         return cast("FsDevice", self.vm.machine.device(SHARE))
 
-    def _ask(self, action: actions.VmmAction[AnswerT]) -> Awaitable[AnswerT]:
-        return asyncio.wrap_future(self.vm.request(action))
+    async def _ask(self, action: actions.VmmAction[AnswerT]) -> AnswerT:
+        with _told():
+            return await asyncio.wrap_future(self.vm.request(action))
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """The VMM's errors as the runtime's."""
+    try:
+        yield
+    except VmmError as error:
+        raise HypervisorError(str(error)) from error

@@ -2,22 +2,23 @@
 
 ``split`` is RunD's way (RunD, USENIX ATC 2022, 4.1): the layers of an image are read-only directories of the host,
 shared by virtio-fs among all containers, and what a container writes goes to a disk of its sandbox; the guest overlays
-the one with the other. ``fs`` is one directory of the host, shared as it is.
+the one with the other. ``fs`` is one directory of the host, shared as it is. ``block`` is a disk with an image's files
+(:mod:`kata_lab.resource.image_disk`), read-only, overlaid in the same way; it is there when the VM starts, so that a
+sandbox's images are known before.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Protocol
 
 SHARED: Final = "/run/kata-containers/shared/containers"  #: where the guest mounts the shared directory
 SCRATCH: Final = "/run/kata-containers/scratch"  #: where it mounts the disk for what containers write
+IMAGES: Final = "/run/kata-containers/images"  #: where it mounts disks of images, by their serial numbers
 CONTAINERS: Final = "/run/kata-containers"
-
-Undo = Callable[[], Awaitable[None]]
 
 
 class Shares(Protocol):
@@ -40,11 +41,13 @@ class Attached:
         path: where it is there.
         storages: what the agent mounts before, in this order (``Storage`` of agent.proto).
         shares: names to unshare when the container is gone.
+        own: what is written to it is the container's alone, so that files may be made in it to mount something over.
     """
 
     path: str
     storages: list[dict[str, Any]] = field(default_factory=list)
     shares: tuple[str, ...] = ()
+    own: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,21 +78,7 @@ class LayeredRoot:
             for name in names:
                 await shares.unshare(name)
             raise
-        place, own = f"{CONTAINERS}/{container_id}/rootfs", f"{SCRATCH}/{container_id}"
-        options = [
-            f"lowerdir={':'.join(reversed(lower))}",
-            f"upperdir={own}/upper",
-            f"workdir={own}/work",
-            *self.options,
-        ]
-        overlay = {
-            "driver": "overlayfs",
-            "source": "overlay",
-            "fstype": "overlay",
-            "options": options,
-            "mount_point": place,
-        }
-        return Attached(place, [overlay], tuple(names))
+        return _overlaid(container_id, lower, self.options, tuple(names))
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +87,7 @@ class DirectoryRoot:
 
     Attributes:
         path: the directory.
-        read_only: the guest cannot write to it.
+        read_only: nothing is written to it: not by the guest either, which makes places to mount on in an overlay.
         override_stat: owner and mode of its files are in an extended attribute.
     """
 
@@ -110,7 +99,38 @@ class DirectoryRoot:
         """Make it available to the guest."""
         name = f"{container_id}-rootfs"
         inside = await shares.share(name, self.path, self.read_only, self.override_stat)
-        return Attached(inside, [], (name,))
+        if self.read_only:
+            return _overlaid(container_id, [inside], (), (name,))
+        return Attached(inside, [], (name,), own=False)
 
 
-RootFs = LayeredRoot | DirectoryRoot
+@dataclass(frozen=True, slots=True)
+class BlockRoot:
+    """A disk with an image's files, which the sandbox has mounted.
+
+    Attributes:
+        serial: the disk's serial number.
+    """
+
+    serial: str
+
+    async def attach(self, container_id: str, shares: Shares) -> Attached:
+        """Make it available to the guest."""
+        return _overlaid(container_id, [f"{IMAGES}/{self.serial}"], (), ())
+
+
+def _overlaid(container_id: str, lower: Sequence[str], options: Sequence[str], shares: tuple[str, ...]) -> Attached:
+    """Directories of the guest, the lowest first, under what the container writes to the sandbox's disk."""
+    place, own = f"{CONTAINERS}/{container_id}/rootfs", f"{SCRATCH}/{container_id}"
+    directories = [f"lowerdir={':'.join(reversed(lower))}", f"upperdir={own}/upper", f"workdir={own}/work"]
+    overlay = {
+        "driver": "overlayfs",
+        "source": "overlay",
+        "fstype": "overlay",
+        "options": [*directories, *options],
+        "mount_point": place,
+    }
+    return Attached(place, [overlay], shares)
+
+
+RootFs = LayeredRoot | DirectoryRoot | BlockRoot

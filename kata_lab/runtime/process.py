@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
 from collections.abc import AsyncIterator
 from typing import Final
 
 from kata_lab.agent.client import AgentClient
-from kata_lab.runtime.errors import RuntimeFault
+from kata_lab.runtime.errors import RuntimeFault, first_error
 from kata_lab.ttrpc import RpcError, StatusCode
 
 CHUNK: Final = 1 << 16  #: bytes asked for at once
@@ -120,23 +121,31 @@ class Process:
         )
 
     async def communicate(self, data: bytes = b"", limit: int | None = None) -> tuple[int, bytes, bytes]:
-        """Write ``data`` and close the input, read both outputs to their ends, and wait: status, output, errors."""
+        """Write ``data`` and close the input, read both outputs to their ends, and wait: status, output, errors.
+
+        Raises:
+            RuntimeFault: an output has more than ``limit`` bytes.
+            RpcError: the guest is gone.
+        """
 
         async def feed() -> None:
-            try:
+            # A process that does not want its input is not wrong.
+            with contextlib.suppress(RpcError):
                 if data:
                     await self.stdin.write(data)
                 await self.stdin.close()
-            except RpcError:
-                # A process that does not want its input is not wrong.
-                pass
 
         async def errors() -> bytes:
             return b"" if self.terminal else await self.stderr.read_all(limit)
 
-        async with asyncio.TaskGroup() as group:
-            group.create_task(feed())
-            output = group.create_task(self.stdout.read_all(limit))
-            complaints = group.create_task(errors())
-            status = group.create_task(self.wait())
-        return status.result(), output.result(), complaints.result()
+        try:
+            async with asyncio.TaskGroup() as group:
+                feeding = group.create_task(feed())
+                output = group.create_task(self.stdout.read_all(limit))
+                complaints = group.create_task(errors())
+                status = await self.wait()
+                # It reads no more; what it left unread may never be taken.
+                feeding.cancel()
+        except BaseExceptionGroup as group_of_errors:
+            raise first_error(group_of_errors) from None
+        return status, output.result(), complaints.result()

@@ -1,120 +1,57 @@
 """A sandbox: one VM with an agent, in which containers run. Init → Running → Stopped (runtime-rs, virt_container).
 
-Starting it goes through steps that are undone in the opposite order if a later one fails: its directory, its disks,
-the VM, the connection to the agent, the agent's sandbox, and the watches over its health.
+Starting it goes through steps that are undone in the opposite order if a later one fails, or if whoever starts it is
+cancelled: its directory, its disks, the VM, the connection to the agent, the agent's sandbox, and the watches over its
+health. Ending it is one task, whoever asks for it: :meth:`Sandbox.stop`, the VM that ended, or the agent that is lost.
+Commands to one sandbox are carried out one after the other.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import enum
-import itertools
+import functools
+import importlib
 import os
 import secrets
+import shutil
 import time
+from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final
 
-from kata_lab.agent.client import RPC_PORT, AgentClient
+from kata_lab.agent.client import LOG_PORT, RPC_PORT, AgentClient
+from kata_lab.errors import KataLabError
 from kata_lab.hypervisor.base import Hypervisor, HypervisorConfig
-from kata_lab.resource.network import GuestNetwork, network_behind_passt
-from kata_lab.resource.rootfs import SCRATCH, SHARED, DirectoryRoot, LayeredRoot, RootFs
+from kata_lab.resource.network import network_behind_passt
+from kata_lab.resource.rootfs import BlockRoot, DirectoryRoot, LayeredRoot, RootFs
 from kata_lab.resource.scratch import SERIAL, make_scratch
+from kata_lab.runtime.completion import completed, ended
+from kata_lab.runtime.config import RunResult, SandboxConfig, SandboxState
 from kata_lab.runtime.container import Container, ContainerState
-from kata_lab.runtime.errors import RuntimeFault
+from kata_lab.runtime.errors import RuntimeFault, first_error
+from kata_lab.runtime.greeting import NAME_FILES, NAMES, greet
+from kata_lab.runtime.logs import follow_agent_log, logger_of
+from kata_lab.runtime.shares import ShareTable
 from kata_lab.runtime.state import ProcessIdentity, SandboxRecord, StateDirectory, check_name
 from kata_lab.ttrpc import RpcError
-from vmm.config import BlockConfig, DeviceConfig, EntropyConfig, FsConfig, NetworkConfig, VsockConfig
+from vmm.config import BlockConfig, DeviceConfig, EntropyConfig, FsConfig, VsockConfig
 
 if TYPE_CHECKING:
     from kata_lab.oci import ImageHandle
 
 START_VM_SECONDS: Final = 10.0
 CONNECT_AGENT_SECONDS: Final = 60.0  #: from the VM's start; a guest on a slow or busy machine boots in some seconds
+CREATE_SECONDS: Final = 60.0  #: that the agent may take to create a container
 HEALTH_SECONDS: Final = 5.0  #: between two checks, each of which may take as long
-DESTROY_SECONDS: Final = 5.0  #: that the agent may take to end its sandbox before the plug is pulled
+SILENT_SECONDS: Final = 60.0  #: after so long without an answer the agent is given up
+DESTROY_SECONDS: Final = 5.0  #: that commands and the agent may take to end before the plug is pulled
+FATE_SECONDS: Final = 2.0  #: for the VM to say how it ended, once the agent's connection is lost
+REMEMBERED_MARKS: Final = 256
 MAX_SOCKET_PATH: Final = 107
-NAMES: Final = "/run/kata-containers/sandbox"  #: where the guest keeps hosts, hostname and resolv.conf
 _BOUND: Final = {"options": ["bind", "rprivate"]}
-ROOTFS_KINDS: Final = ("split", "fs")
-
-
-class SandboxState(enum.Enum):
-    """Where a sandbox is in its life."""
-
-    INIT = "init"
-    RUNNING = "running"
-    STOPPED = "stopped"
-
-    def __str__(self) -> str:
-        return self.value
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SandboxConfig:
-    """What a sandbox is.
-
-    Attributes:
-        id: its name; made up if empty.
-        image: the guest's image, by the name of its description.
-        vcpus: 1 to 32.
-        memory_mib: the guest's memory.
-        rootfs: how root file systems of OCI images get into the guest, ``"split"`` or ``"fs"``
-            (:mod:`kata_lab.resource.rootfs`).
-        network: its network interface, or None for loopback alone.
-        hostname: the guest's; the sandbox's name if empty.
-        append: words to add to the kernel's command line.
-        trace: count the VM's exits.
-    """
-
-    id: str = ""
-    image: str = "lifsea"
-    vcpus: int = 1
-    memory_mib: int = 256
-    rootfs: str = "split"
-    network: NetworkConfig | None = None
-    hostname: str = ""
-    append: str = ""
-    trace: bool = False
-
-    def __post_init__(self) -> None:
-        if self.id:
-            check_name("the sandbox's name", self.id)
-        if self.rootfs not in ROOTFS_KINDS:
-            raise RuntimeFault(f"rootfs is {self.rootfs!r}, it must be one of {', '.join(map(repr, ROOTFS_KINDS))}")
-
-
-@dataclass(frozen=True, slots=True)
-class RunResult:
-    """How a container that was run to its end ended.
-
-    Attributes:
-        status: exit status, 128 + n after signal n.
-        stdout: what it wrote.
-        stderr: what it wrote to standard error; nothing if it had a terminal.
-    """
-
-    status: int
-    stdout: bytes
-    stderr: bytes
-
-    @property
-    def output(self) -> str:
-        """Standard output as text."""
-        return self.stdout.decode(errors="replace")
-
-
-@dataclass(slots=True)
-class _Shared:
-    """What is in the shared directory, and how many need it."""
-
-    name: str
-    path: Path
-    users: int = 0
 
 
 class Sandbox:
@@ -134,20 +71,25 @@ class Sandbox:
             hypervisor = FusedHypervisor()
         self.hypervisor = hypervisor
         self.containers: dict[str, Container] = {}
+        self.log = logger_of(self.id)
+        self.paused = False
         self._state = SandboxState.INIT
         self._directory = StateDirectory(self.id)
         self._agent: AgentClient | None = None
         self._undo = contextlib.AsyncExitStack()
         self._order = asyncio.Lock()
-        self._shares: dict[str, _Shared] = {}
-        self._share_numbers = itertools.count(1)
-        self._shared_lock = asyncio.Lock()
-        self._watches: list[asyncio.Task[None]] = []
+        self._shares = ShareTable(hypervisor)
+        self._disks: dict[str, str] = {}  # image → serial number
+        self._watches: set[asyncio.Task[None]] = set()
+        self._starting: asyncio.Task[None] | None = None
+        self._ending: asyncio.Task[None] | None = None
         self._began = time.monotonic()
-        self._steps: list[tuple[str, float]] = []
+        self._steps: deque[tuple[str, float]] = deque(maxlen=REMEMBERED_MARKS)
+        self._guest_steps: list[tuple[str, float]] = []
         self._created = time.time()
         #: Why it stopped, once it has.
         self.reason = ""
+        self._reason_known = asyncio.Event()
         self.stopped = asyncio.Event()
 
     @classmethod
@@ -157,12 +99,10 @@ class Sandbox:
         Raises:
             RuntimeFault: an unknown field, or a bad value.
         """
-        try:
-            return cls(SandboxConfig(**config), hypervisor)
-        except TypeError as error:
-            known = ", ".join(SandboxConfig.__slots__)
-            unknown = ", ".join(name for name in config if name not in SandboxConfig.__slots__)
-            raise RuntimeFault(f"a sandbox has no {unknown or error}; it has {known}") from None
+        unknown = ", ".join(name for name in config if name not in SandboxConfig.__slots__)
+        if unknown:
+            raise RuntimeFault(f"a sandbox has no {unknown}; it has {', '.join(SandboxConfig.__slots__)}")
+        return cls(SandboxConfig(**config), hypervisor)
 
     @property
     def state(self) -> SandboxState:
@@ -186,80 +126,119 @@ class Sandbox:
         return self._agent
 
     @property
+    def hostname(self) -> str:
+        """The guest's, and by default that of its containers."""
+        return self.config.hostname or self.id
+
+    @property
     def timeline(self) -> list[tuple[str, float]]:
         """What happened when: name and seconds since :meth:`start` was called, in order."""
-        steps = [*self._steps]
-        with contextlib.suppress(Exception):
-            steps += self.hypervisor.timeline()
-        return sorted(((name, at - self._began) for name, at in steps), key=lambda each: each[1])
+        guest = self._guest_steps or self._guest_timeline()
+        return sorted(((name, at - self._began) for name, at in (*self._steps, *guest)), key=lambda each: each[1])
+
+    def _guest_timeline(self) -> list[tuple[str, float]]:
+        # Before there is a VM, and when it is gone.
+        with contextlib.suppress(KataLabError):
+            return self.hypervisor.timeline()
+        return []
 
     def mark(self, name: str) -> None:
-        """Put a moment into the time line."""
+        """Put a moment into the time line; of many, the last ones are kept."""
         self._steps.append((name, time.monotonic()))
 
+    # Start.
+
     async def start(self) -> None:
-        """Start it.
+        """Start it. If this is cancelled, what was done is undone before it returns.
 
         Raises:
-            RuntimeFault: it was started before, or the guest did not come up; nothing is left behind.
-            KataLabError: the image cannot be built, or a program is missing.
-            VmmError: the VM cannot be made.
+            RuntimeFault: it was started before, was stopped meanwhile, or the guest did not come up; nothing is left
+                behind.
+            KataLabError: the image cannot be built, a program is missing, or the VM cannot be made.
         """
-        async with self._order:
-            if self._state is not SandboxState.INIT:
-                raise RuntimeFault(f"sandbox {self.id} is {self._state} and cannot be started again; make a new one")
-            self._began = time.monotonic()
-            self._steps.clear()
+        if self._starting is not None or self._state is not SandboxState.INIT:
+            raise RuntimeFault(f"sandbox {self.id} is {self._state} and cannot be started again; make a new one")
+        self._began = time.monotonic()
+        self._steps.clear()
+        starting = self._starting = asyncio.create_task(self._start_or_undo(), name=f"start-{self.id}")
+        try:
+            await asyncio.wait((starting,))
+        except asyncio.CancelledError:
+            starting.cancel()
+            await ended(starting)
+            if not starting.cancelled() and starting.exception() is None:
+                await self.stop()
+            raise
+        if starting.cancelled():
+            raise RuntimeFault(f"sandbox {self.id} was stopped while it started")
+        starting.result()
+
+    async def _start_or_undo(self) -> None:
+        try:
             try:
                 await self._start()
-            except BaseException as error:
-                await self._stop(f"its start failed: {error}", orderly=False)
-                raise
+            except BaseExceptionGroup as group:
+                raise first_error(group) from None
+        except BaseException as error:
+            why = "it was stopped" if isinstance(error, asyncio.CancelledError) else f"its start failed: {error}"
+            self.log.warning("start failed", extra={"reason": why})
+            await completed(self._end(why, orderly=False))
+            raise
 
     async def _start(self) -> None:
-        await asyncio.to_thread(self._directory.make)
-        self._undo.callback(self._directory.remove)
-        config = await asyncio.to_thread(self._prepare)
+        self._check_socket_path()
+        await completed(asyncio.to_thread(self._directory.make, self._make_record()))
+        self._undo.push_async_callback(asyncio.to_thread, self._directory.remove)
+        async with asyncio.TaskGroup() as group:
+            preparing = group.create_task(self._prepare())
+            group.create_task(self.hypervisor.load())
         self.mark("prepared")
         self._undo.push_async_callback(self.hypervisor.cleanup)
-        await self.hypervisor.prepare_vm(config)
-        await self.hypervisor.start_vm(START_VM_SECONDS)
+        await self.hypervisor.prepare_vm(preparing.result())
+        await completed(self.hypervisor.start_vm(START_VM_SECONDS))
         self.mark("VM runs")
-        self._agent = await AgentClient.connect(
-            lambda: self.hypervisor.dial(RPC_PORT), CONNECT_AGENT_SECONDS, self.hypervisor.ended
-        )
-        self._undo.push_async_callback(self._agent.close)
-        self.mark("agent answers")
-        network = network_behind_passt() if self._behind_passt else None
-        await self._agent.call("CreateSandbox", CONNECT_AGENT_SECONDS, **self._agent_sandbox(network))
-        now = time.time_ns()
-        await self._agent.call("SetGuestDateTime", Sec=now // 10**9, Usec=now // 1000 % 10**6)
-        await self._write_names(self._agent, network)
-        if network is not None:
-            await self._agent.call("UpdateInterface", interface=network.interface("eth0"))
-            await self._agent.call("UpdateRoutes", routes={"Routes": network.routes("eth0")})
-        self.mark("sandbox ready")
+        async with asyncio.TaskGroup() as group:
+            group.create_task(asyncio.to_thread(_import_oci))
+            connecting = group.create_task(self._connect())
+        agent = connecting.result()
+        behind_passt = self.config.network is not None and self.config.network.backend == "passt"
+        network = await asyncio.to_thread(network_behind_passt) if behind_passt else None
+        await greet(agent, self.id, self.hostname, tuple(self._disks.values()), network)
+        agent.fate = self._fate
         self._state = SandboxState.RUNNING
-        await self._record()
-        for watch in (self._watch_vm(), self._watch_health(), self._watch_memory()):
-            self._watches.append(asyncio.create_task(watch, name=f"sandbox-{self.id}"))
+        self._write_record()
+        self.mark("sandbox ready")
+        for watch in (self._watch_vm(), self._watch_agent(), self._watch_health(), self._watch_memory()):
+            self._watch(watch)
+        self._watch(follow_agent_log(functools.partial(self.hypervisor.dial, LOG_PORT), self.log))
+        self.log.info("sandbox runs", extra={"seconds": round(time.monotonic() - self._began, 3)})
 
-    def _prepare(self) -> HypervisorConfig:
+    async def _connect(self) -> AgentClient:
+        dial = functools.partial(self.hypervisor.dial, RPC_PORT)
+        agent = self._agent = await AgentClient.connect(dial, CONNECT_AGENT_SECONDS, self.hypervisor.ended)
+        self._undo.push_async_callback(agent.close)
+        self.mark("agent answers")
+        return agent
+
+    def _check_socket_path(self) -> None:
+        path = self.directory / "vsock"
+        if len(os.fsencode(path)) + 6 > MAX_SOCKET_PATH:
+            raise RuntimeFault(f"the path {path} is too long for a socket; set KATA_LAB_HOME to a shorter directory")
+
+    async def _prepare(self) -> HypervisorConfig:
         from kata_lab.image.build import build_named
 
-        socket_path = self.directory / "vsock"
-        if len(os.fsencode(socket_path)) + 6 > MAX_SOCKET_PATH:
-            raise RuntimeFault(
-                f"the path {socket_path} is too long for a socket; set KATA_LAB_HOME to a shorter directory"
-            )
-        image = build_named(self.config.image)
-        make_scratch(self.directory / "scratch")
+        # This may take minutes, and leaves nothing in the sandbox's directory: a cancellation does not wait for it.
+        image = await asyncio.to_thread(build_named, self.config.image)
         devices: list[DeviceConfig] = [
-            VsockConfig(name="agent", socket=socket_path),
+            VsockConfig(name="agent", socket=self.directory / "vsock"),
             FsConfig(name="shared", tag="kataShared", cache="auto"),
             BlockConfig(name="scratch", path=self.directory / "scratch", format="overlay", serial=SERIAL),
             EntropyConfig(name="entropy"),
         ]
+        await completed(asyncio.to_thread(make_scratch, self.directory / "scratch"))
+        for reference in self.config.images:
+            devices.append(await asyncio.to_thread(self._prepare_disk, reference))
         if self.config.network is not None:
             devices.append(self.config.network)
         return HypervisorConfig(
@@ -272,39 +251,16 @@ class Sandbox:
             trace=self.config.trace,
         )
 
-    @property
-    def _behind_passt(self) -> bool:
-        return self.config.network is not None and self.config.network.backend == "passt"
+    def _prepare_disk(self, reference: str) -> BlockConfig:
+        from kata_lab.oci import open_image
+        from kata_lab.resource.image_disk import image_disk, image_serial
 
-    @property
-    def hostname(self) -> str:
-        """The guest's, and by default that of its containers."""
-        return self.config.hostname or self.id
-
-    async def _write_names(self, agent: AgentClient, network: GuestNetwork | None) -> None:
-        """The files that containers see in place of their images': hosts(5) and hostname(5)."""
-        address = network.address if network is not None else "127.0.1.1"
-        hosts = f"127.0.0.1 localhost\n::1 localhost ip6-localhost ip6-loopback\n{address} {self.hostname}\n"
-        for name, text in (("hosts", hosts), ("hostname", f"{self.hostname}\n")):
-            data = text.encode()
-            await agent.call("CopyFile", path=f"{NAMES}/{name}", file_size=len(data), file_mode=0o644, data=data)
-
-    def _agent_sandbox(self, network: GuestNetwork | None) -> dict[str, Any]:
-        return {
-            "hostname": self.hostname,
-            "dns": network.resolver if network is not None else [],
-            "sandbox_id": self.id,
-            "storages": [
-                {"driver": "virtio-fs", "source": "kataShared", "fstype": "virtiofs", "mount_point": SHARED},
-                {
-                    "driver": "blk",
-                    "source": f"serial={SERIAL}",
-                    "fstype": "ext4",
-                    "options": ["noatime"],
-                    "mount_point": SCRATCH,
-                },
-            ],
-        }
+        with contextlib.closing(open_image(reference)) as image:
+            path, serial = image_disk(image), image_serial(image)
+        if serial in self._disks.values():
+            raise RuntimeFault(f"images names {reference!r}, which is the same image as another one; leave it out")
+        self._disks[reference] = serial
+        return BlockConfig(name=serial, path=path, read_only=True, serial=serial)
 
     # Containers.
 
@@ -315,7 +271,7 @@ class Sandbox:
         container_id: str | None = None,
         held: contextlib.AsyncExitStack | None = None,
     ) -> Container:
-        """Create a container; its first process waits to be started.
+        """Create a container; its first process waits to be started. If this is cancelled, there is none afterwards.
 
         Args:
             spec: an OCI runtime configuration; its ``root.path`` does not count, and bind mounts name paths of the
@@ -329,62 +285,74 @@ class Sandbox:
             SpecError: the configuration is refused.
             RpcError: the agent cannot create it; nothing is left behind.
         """
-        from kata_lab.oci import agent_spec, check_spec
+        from kata_lab.oci import check_spec
 
         name = check_name("the container's name", container_id or secrets.token_hex(6))
         check_spec(dict(spec))
+        creating = asyncio.create_task(self._create(dict(spec), rootfs, name, held), name=f"create-{name}")
+        try:
+            await ended(creating)
+        except asyncio.CancelledError:
+            if creating.exception() is None:
+                await creating.result().remove()
+            raise
+        return creating.result()
+
+    async def _create(
+        self, spec: dict[str, Any], rootfs: RootFs, name: str, held: contextlib.AsyncExitStack | None
+    ) -> Container:
+        from kata_lab.oci import agent_spec
+
         async with self._order:
             self._require_running("given a container")
             if name in self.containers:
                 raise RuntimeFault(f"sandbox {self.id} has a container {name!r} already; choose another name")
             async with contextlib.AsyncExitStack() as undo:
-                attached = await rootfs.attach(name, self)
+                attached = await rootfs.attach(name, self._shares)
                 for shared in attached.shares:
-                    undo.push_async_callback(self.unshare, shared)
-                guest_spec = await self._inside(dict(spec), name, attached.path, undo)
-                await self.agent.call(
-                    "CreateContainer",
-                    container_id=name,
-                    exec_id=name,
-                    OCI=agent_spec(guest_spec),
-                    storages=attached.storages,
-                )
+                    undo.push_async_callback(self._shares.unshare, shared)
+                bound = await self._bind_volumes(spec, name, undo)
+                # In a directory of the host no file is made to mount something over.
+                known = None if attached.own or not isinstance(rootfs, DirectoryRoot) else rootfs.path
+                mounts = [*bound, *_name_mounts(bound, known)]
+                inside = {**spec, "mounts": mounts, "root": {**spec.get("root", {}), "path": attached.path}}
+                request = {"container_id": name, "exec_id": name, "OCI": agent_spec(inside)}
+                await self.agent.call("CreateContainer", CREATE_SECONDS, **request, storages=attached.storages)
                 if held is not None:
                     undo.push_async_callback(held.pop_all().aclose)
                 kept = undo.pop_all()
-            container = Container(self.agent, name, spec, lambda: self._forget(name, kept))
+            container = Container(self.agent, name, spec, functools.partial(self._forget, name, kept))
             self.containers[name] = container
-            await self._record()
+            self._write_record()
+        self.log.info("container created", extra={"container": name})
         return container
 
-    async def _inside(
-        self, spec: dict[str, Any], name: str, root: str, undo: contextlib.AsyncExitStack
-    ) -> dict[str, Any]:
-        """The configuration as the guest needs it: its own paths for root and volumes."""
+    async def _bind_volumes(
+        self, spec: Mapping[str, Any], name: str, undo: contextlib.AsyncExitStack
+    ) -> list[dict[str, Any]]:
+        """The mounts of a configuration, those of the host's directories and files by their paths in the guest."""
         mounts = []
-        for number, mount in enumerate(spec.get("mounts", ())):
-            options = mount.get("options", ())
-            if mount.get("type") == "bind" or "bind" in options or "rbind" in options:
-                source = Path(mount["source"])
-                if not source.exists():
-                    raise RuntimeFault(f"the volume {str(source)!r} does not exist on the host; make it first")
-                volume = f"{name}-vol{number}"
-                inside = await self.share(volume, source, "ro" in options)
-                undo.push_async_callback(self.unshare, volume)
-                mounts.append({**mount, "source": inside})
-            else:
+        for number, mount in enumerate(spec.get("mounts") or ()):
+            options = mount.get("options") or ()
+            if mount.get("type") != "bind" and not {"bind", "rbind"} & set(options):
                 mounts.append(mount)
-        taken = {mount["destination"] for mount in mounts}
-        for file in ("hosts", "hostname", "resolv.conf"):
-            if f"/etc/{file}" not in taken:
-                mounts.append({"destination": f"/etc/{file}", "type": "bind", "source": f"{NAMES}/{file}", **_BOUND})
-        return {**spec, "mounts": mounts, "root": {**spec.get("root", {}), "path": root}}
+                continue
+            source = Path(mount["source"])
+            if not source.is_dir() and not source.is_file():
+                what = "is neither a directory nor a file" if source.exists() else "does not exist on the host"
+                raise RuntimeFault(f"the volume {str(source)!r} {what}; it must be one of them")
+            volume = f"{name}-vol{number}"
+            inside = await self._shares.share(volume, source, "ro" in options)
+            undo.push_async_callback(self._shares.unshare, volume)
+            mounts.append({**mount, "source": inside})
+        return mounts
 
     async def _forget(self, name: str, kept: contextlib.AsyncExitStack) -> None:
         self.containers.pop(name, None)
         await kept.aclose()
         if self._state is SandboxState.RUNNING:
-            await self._record()
+            self._write_record()
+            self.log.info("container removed", extra={"container": name})
 
     async def run(
         self,
@@ -429,80 +397,115 @@ class Sandbox:
         """Create a container of an OCI image; see :meth:`run` for the arguments and errors."""
         from kata_lab.oci import make_spec, open_image
 
+        self._require_running("given a container")
         async with contextlib.AsyncExitStack() as held:
             handle = image
             if isinstance(handle, str):
-                handle = await asyncio.to_thread(open_image, handle)
+                handle = await completed(asyncio.to_thread(open_image, handle))
                 # Its layers stay in the store for as long as the container is there.
                 held.callback(handle.close)
             spec = await asyncio.to_thread(lambda: make_spec(handle, args, **wishes))
-            root = LayeredRoot(handle.layers(), handle.override_stat, handle.overlay_options)
-            return await self.create_container(spec, root, container_id, held)
+            return await self.create_container(spec, await self._root_of(handle, held), container_id, held)
 
-    # What the root file systems need (resource.rootfs.Shares).
+    async def _root_of(self, image: ImageHandle, held: contextlib.AsyncExitStack) -> RootFs:
+        if self.config.rootfs == "block":
+            from kata_lab.resource.image_disk import image_serial
 
-    async def share(self, name: str, path: Path, read_only: bool, override_stat: bool = False) -> str:
-        """Make a directory or file of the host appear in the guest's shared directory; returns its path there."""
-        async with self._shared_lock:
-            shared = self._shares.get(name)
-            if shared is None:
-                # The guest may still remember a name that was used before, and what it led to.
-                shared = _Shared(f"{name}.{next(self._share_numbers)}", path)
-                await self.hypervisor.add_share(shared.name, path, read_only, override_stat)
-                self._shares[name] = shared
-            elif shared.path != path:
-                raise RuntimeFault(f"sandbox {self.id} shares {str(shared.path)!r} as {name!r} already")
-            shared.users += 1
-        return f"{SHARED}/{shared.name}"
+            serial = image_serial(image)
+            if serial not in self._disks.values():
+                known = ", ".join(map(repr, self._disks))
+                raise RuntimeFault(
+                    f"sandbox {self.id} has no disk of image {image.reference!r}, only of {known}: name it in images"
+                )
+            return BlockRoot(serial)
+        if self.config.rootfs == "fs":
+            from kata_lab.oci import unpack_rootfs
 
-    async def unshare(self, name: str) -> None:
-        """Undo one :meth:`share`."""
-        async with self._shared_lock:
-            shared = self._shares[name]
-            shared.users -= 1
-            if not shared.users:
-                del self._shares[name]
-                if self._state is SandboxState.RUNNING:
-                    await self.hypervisor.remove_share(shared.name)
+            place = self.directory / "roots" / secrets.token_hex(6)
+            held.push_async_callback(asyncio.to_thread, shutil.rmtree, place, ignore_errors=True)
+            await completed(asyncio.to_thread(unpack_rootfs, image, place))
+            return DirectoryRoot(place, override_stat=image.override_stat)
+        layers = await asyncio.to_thread(image.layers)
+        return LayeredRoot(layers, image.override_stat, image.overlay_options)
 
     # Pause, and the end.
 
     async def pause(self) -> None:
-        """Stop the whole guest until :meth:`resume`."""
+        """Stop the whole guest until :meth:`resume`; what is asked of it meanwhile waits."""
+        await completed(self._pause())
+
+    async def _pause(self) -> None:
         async with self._order:
             self._require_running("paused")
             await self.hypervisor.pause_vm()
+            self.paused = True
 
     async def resume(self) -> None:
         """Undo :meth:`pause`."""
+        await completed(self._resume())
+
+    async def _resume(self) -> None:
         async with self._order:
-            self._require_running("resumed")
+            if self._state is not SandboxState.RUNNING or not self.paused:
+                self._require_running("resumed")
+                raise RuntimeFault(f"sandbox {self.id} is running and cannot be resumed")
             await self.hypervisor.resume_vm()
+            self.paused = False
+            now = time.time_ns()
+            # Its clock stood still.
+            with contextlib.suppress(RpcError):
+                await self.agent.call("SetGuestDateTime", HEALTH_SECONDS, Sec=now // 10**9, Usec=now // 1000 % 10**6)
 
     async def stop(self) -> None:
-        """Stop it and give everything back. A second time is nothing."""
-        async with self._order:
-            await self._stop("it was stopped", orderly=True)
+        """Stop it and give everything back, also while it starts. Returns when nothing is left, a second time too."""
+        starting = self._starting
+        if starting is not None and not starting.done():
+            starting.cancel()
+            await ended(starting)
+        await ended(self._end_soon("it was stopped", orderly=True))
+        assert self._ending is not None
+        self._ending.result()
 
-    async def _stop(self, reason: str, orderly: bool) -> None:
+    def _end_soon(self, reason: str, orderly: bool = False) -> asyncio.Task[None]:
+        """Ending is one task, with the first reason."""
+        if self._ending is None:
+            self._ending = asyncio.create_task(self._end(reason, orderly), name=f"end-{self.id}")
+        return self._ending
+
+    async def _end(self, reason: str, orderly: bool) -> None:
         if self._state is SandboxState.STOPPED:
             return
         running, self._state = self._state is SandboxState.RUNNING, SandboxState.STOPPED
+        self._guest_steps = self._guest_timeline()
         self.reason = reason
-        current = asyncio.current_task()
-        for watch in self._watches:
-            if watch is not current:
-                watch.cancel()
-        if running and orderly and self._agent is not None and self._agent.lost is None:
-            with contextlib.suppress(RpcError):
-                await self._agent.call("DestroySandbox", DESTROY_SECONDS)
-        for container in tuple(self.containers.values()):
-            await container.abandon()
+        self._reason_known.set()
         try:
-            await self._undo.aclose()
+            if running and orderly and not self.paused:
+                await self._destroy()
+            for watch in self._watches:
+                watch.cancel()
+            await asyncio.gather(*self._watches, return_exceptions=True)
+            if self._agent is not None:
+                # Commands under way fail by this, and undo what they did.
+                await self._agent.close()
+            self._shares.over = True
+            async with self._order:
+                for container in tuple(self.containers.values()):
+                    with contextlib.suppress(Exception):
+                        await container.abandon()
         finally:
-            await asyncio.gather(*(each for each in self._watches if each is not current), return_exceptions=True)
-            self.stopped.set()
+            try:
+                await self._undo.aclose()
+            finally:
+                self.log.info("sandbox stopped", extra={"reason": reason})
+                self.stopped.set()
+
+    async def _destroy(self) -> None:
+        """Let commands under way end, and then the agent's sandbox; not for long."""
+        with contextlib.suppress(TimeoutError, RpcError):
+            async with asyncio.timeout(DESTROY_SECONDS), self._order:
+                if self._agent is not None and self._agent.lost is None:
+                    await self._agent.call("DestroySandbox", DESTROY_SECONDS)
 
     async def __aenter__(self) -> Sandbox:
         await self.start()
@@ -515,41 +518,66 @@ class Sandbox:
 
     # Watches.
 
+    def _watch(self, work: Any) -> None:
+        task = asyncio.create_task(work, name=f"sandbox-{self.id}")
+        self._watches.add(task)
+        task.add_done_callback(self._watches.discard)
+
     async def _watch_vm(self) -> None:
-        detail = await self.hypervisor.wait_vm()
-        async with self._order:
-            await self._stop(detail, orderly=False)
+        self._end_soon(await self.hypervisor.wait_vm())
+
+    async def _watch_agent(self) -> None:
+        assert self._agent is not None
+        lost = await self._agent.wait_lost()
+        # A guest that ends takes its connections along, and has more to say of it.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(FATE_SECONDS / 2):
+                await self._reason_known.wait()
+        self._end_soon(f"its agent is lost: {lost}")
 
     async def _watch_health(self) -> None:
         assert self._agent is not None
+        heard = time.monotonic()
         while True:
             await asyncio.sleep(HEALTH_SECONDS)
-            try:
+            if self.paused:
+                heard = time.monotonic()
+                continue
+            with contextlib.suppress(RpcError):
                 await self._agent.check(HEALTH_SECONDS)
-            except RpcError as error:
-                if self._agent.lost is not None:
-                    async with self._order:
-                        await self._stop(f"the connection to its agent is lost: {error}", orderly=False)
-                    return
+                heard = time.monotonic()
+            if time.monotonic() - heard > SILENT_SECONDS:
+                self._end_soon(f"its agent has not answered for {SILENT_SECONDS:g} s")
+                return
 
     async def _watch_memory(self) -> None:
         assert self._agent is not None
         with contextlib.suppress(RpcError):
             while True:
                 event = await self._agent.call("GetOOMEvent")
+                self.log.warning("out of memory", extra={"container": event["container_id"]})
                 container = self.containers.get(event["container_id"])
                 if container is not None:
                     container.out_of_memory = True
+
+    async def _fate(self) -> str:
+        """Why a call to the agent failed."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(FATE_SECONDS):
+                await self._reason_known.wait()
+        return f"sandbox {self.id} has ended: {self.reason or 'its agent is lost'}"
 
     def _require_running(self, what: str) -> None:
         if self._state is not SandboxState.RUNNING:
             why = f" ({self.reason})" if self.reason else ""
             raise RuntimeFault(f"sandbox {self.id} is {self._state}{why} and cannot be {what}")
+        if self.paused and what != "asked":
+            raise RuntimeFault(f"sandbox {self.id} is paused and cannot be {what}; resume it first")
 
-    async def _record(self) -> None:
+    def _make_record(self) -> SandboxRecord:
         owner = ProcessIdentity.of(os.getpid())
         assert owner is not None
-        record = SandboxRecord(
+        return SandboxRecord(
             self.id,
             str(self._state),
             owner,
@@ -557,7 +585,25 @@ class Sandbox:
             {"image": self.config.image, "vcpus": self.config.vcpus, "memory_mib": self.config.memory_mib},
             {name: {"args": each.spec.get("process", {}).get("args", [])} for name, each in self.containers.items()},
         )
-        await asyncio.to_thread(self._directory.write, record)
+
+    def _write_record(self) -> None:
+        self._directory.write(self._make_record())
+
+
+def _name_mounts(mounts: Sequence[Mapping[str, Any]], directory: Path | None) -> list[dict[str, Any]]:
+    """The sandbox's names in place of an image's; in a directory of the host, only where it has such files."""
+    taken = {os.path.normpath(mount["destination"]) for mount in mounts}
+    return [
+        {"destination": f"/etc/{file}", "type": "bind", "source": f"{NAMES}/{file}", **_BOUND}
+        for file in NAME_FILES
+        if not taken & {f"/etc/{file}", "/etc"}
+        and (directory is None or ((directory / "etc").is_dir() and (directory / "etc" / file).is_file()))
+    ]
+
+
+def _import_oci() -> None:
+    """While the guest boots, for the first container."""
+    importlib.import_module("kata_lab.oci")
 
 
 __all__ = ["ContainerState", "DirectoryRoot", "LayeredRoot", "RunResult", "Sandbox", "SandboxConfig", "SandboxState"]

@@ -1,16 +1,22 @@
 """What is on disk of a sandbox that exists: one directory with a record, private to its user.
 
-The record (``sandbox.json``) is written whole, synchronised and renamed, so that no half of it is ever read; it carries
-the version of its format. A process is known by its number and the time it started (proc(5), ``stat`` field 22), since
-numbers are used again.
+The record (``sandbox.json``) is written whole and renamed, so that no half of it is ever read; it carries the version
+of its format. It is not made to outlast a loss of power, which no sandbox does either. A process is known by its number
+and the time it started (proc(5), ``stat`` field 22), since numbers are used again.
+
+A directory appears together with its record, and whoever makes one clears away those whose processes are dead.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import re
+import secrets
 import shutil
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -81,35 +87,37 @@ class StateDirectory:
         self.id = check_name("the sandbox's name", sandbox_id)
         self.path = sandboxes_directory() / sandbox_id
 
-    def make(self) -> None:
-        """Make it; one that a dead process left behind is cleared away first.
+    def make(self, record: SandboxRecord) -> None:
+        """Make it with its first record. Those that dead processes left behind are cleared away.
 
         Raises:
             RuntimeFault: a sandbox of that name exists, or it cannot be made.
         """
         try:
-            self.path.mkdir(mode=0o700)
-        except FileExistsError:
-            record = self.read()
-            if record is None or record.owner.alive:
-                raise RuntimeFault(f"a sandbox {self.id!r} exists already; choose another name or remove it") from None
-            self.remove()
-            self.path.mkdir(mode=0o700)
+            with _alone(self.path.parent):
+                _clear(self.path.parent)
+                if self.path.exists():
+                    raise RuntimeFault(f"a sandbox {self.id!r} exists already; choose another name or remove it")
+                new = self.path.parent / f".new-{os.getpid()}-{secrets.token_hex(4)}"
+                try:
+                    new.mkdir(mode=0o700)
+                    _write(new, record)
+                    new.rename(self.path)
+                except BaseException:
+                    shutil.rmtree(new, ignore_errors=True)
+                    raise
         except OSError as error:
             raise RuntimeFault(f"the directory {self.path} cannot be made: {error.strerror}") from error
 
     def write(self, record: SandboxRecord) -> None:
-        """Replace the record."""
-        text = json.dumps({"version": VERSION, **asdict(record)}, indent=1)
-        partial = self.path / f".{RECORD}.{os.getpid()}"
+        """Replace the record.
+
+        Raises:
+            RuntimeFault: it cannot be written.
+        """
         try:
-            with partial.open("w") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.rename(self.path / RECORD)
+            _write(self.path, record)
         except OSError as error:
-            partial.unlink(missing_ok=True)
             raise RuntimeFault(f"the record of sandbox {self.id} cannot be written: {error.strerror}") from error
 
     def read(self) -> SandboxRecord | None:
@@ -134,6 +142,42 @@ class StateDirectory:
     def remove(self) -> None:
         """Take the directory away, with all that is in it."""
         shutil.rmtree(self.path, ignore_errors=True)
+
+
+def _write(directory: Path, record: SandboxRecord) -> None:
+    partial = directory / f".{RECORD}.{os.getpid()}"
+    try:
+        partial.write_text(json.dumps({"version": VERSION, **asdict(record)}, indent=1))
+        partial.rename(directory / RECORD)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def _alone(directory: Path) -> Iterator[None]:
+    """Nobody else makes or clears directories of sandboxes meanwhile."""
+    descriptor = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _clear(directory: Path) -> None:
+    """Take away what nobody can own any more."""
+    for each in os.listdir(directory):
+        # One that is being made has its maker in here, with the lock: it is not now.
+        if each.startswith(".new-"):
+            shutil.rmtree(directory / each, ignore_errors=True)
+        elif NAME.fullmatch(each):
+            found = StateDirectory(each)
+            # A record that is not understood is for a person to judge.
+            with contextlib.suppress(RuntimeFault):
+                record = found.read()
+                if record is not None and not record.owner.alive:
+                    found.remove()
 
 
 def sandboxes_directory() -> Path:

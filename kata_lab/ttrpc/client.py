@@ -119,6 +119,11 @@ class Client:
         """Why the connection is of no more use; None while it is."""
         return self._lost
 
+    async def wait_lost(self) -> RpcError:
+        """Wait until the connection is of no more use, and say why."""
+        await asyncio.wait((self._task,))
+        return self._lost or RpcError(StatusCode.UNAVAILABLE, "the connection was closed")
+
     async def __aenter__(self) -> Client:
         return self
 

@@ -1,0 +1,90 @@
+"""What a sandbox is, where it is in its life, and what a run in it gave."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import Final
+
+from kata_lab.runtime.errors import RuntimeFault
+from kata_lab.runtime.state import check_name
+from vmm.config import NetworkConfig
+
+ROOTFS_KINDS: Final = ("split", "fs", "block")
+MOST_IMAGES: Final = 16  #: disks of images that a sandbox can have
+
+
+class SandboxState(enum.Enum):
+    """Where a sandbox is in its life."""
+
+    INIT = "init"
+    RUNNING = "running"
+    STOPPED = "stopped"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SandboxConfig:
+    """What a sandbox is.
+
+    Attributes:
+        id: its name; made up if empty.
+        image: the guest's image, by the name of its description.
+        vcpus: 1 to 32.
+        memory_mib: the guest's memory.
+        rootfs: how root file systems of OCI images get into the guest, ``"split"``, ``"fs"`` or ``"block"``
+            (:mod:`kata_lab.resource.rootfs`).
+        images: with ``"block"``, the OCI images that containers may have: their disks are there when the VM starts.
+        network: its network interface, or None for loopback alone.
+        hostname: the guest's; the sandbox's name if empty.
+        append: words to add to the kernel's command line.
+        trace: count the VM's exits.
+    """
+
+    id: str = ""
+    image: str = "lifsea"
+    vcpus: int = 1
+    memory_mib: int = 256
+    rootfs: str = "split"
+    images: tuple[str, ...] = ()
+    network: NetworkConfig | None = None
+    hostname: str = ""
+    append: str = ""
+    trace: bool = False
+
+    def __post_init__(self) -> None:
+        if self.id:
+            check_name("the sandbox's name", self.id)
+        if self.rootfs not in ROOTFS_KINDS:
+            raise RuntimeFault(f"rootfs is {self.rootfs!r}, it must be one of {', '.join(map(repr, ROOTFS_KINDS))}")
+        if isinstance(self.images, str):
+            raise RuntimeFault(f"images is {self.images!r}, it must be a list such as ['busybox']")
+        object.__setattr__(self, "images", tuple(dict.fromkeys(self.images)))
+        if self.rootfs == "block" and not self.images:
+            raise RuntimeFault("rootfs is 'block', but images names none: a disk must be there when the VM starts")
+        if self.rootfs != "block" and self.images:
+            raise RuntimeFault(f"images is {list(self.images)}, but rootfs is {self.rootfs!r}: it must be 'block'")
+        if len(self.images) > MOST_IMAGES:
+            raise RuntimeFault(f"images names {len(self.images)}, a sandbox can have at most {MOST_IMAGES}")
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """How a container that was run to its end ended.
+
+    Attributes:
+        status: exit status, 128 + n after signal n.
+        stdout: what it wrote.
+        stderr: what it wrote to standard error; nothing if it had a terminal.
+    """
+
+    status: int
+    stdout: bytes
+    stderr: bytes
+
+    @property
+    def output(self) -> str:
+        """Standard output as text."""
+        return self.stdout.decode(errors="replace")
