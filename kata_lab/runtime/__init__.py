@@ -15,20 +15,21 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from kata_lab.runtime.config import RunResult, SandboxConfig, SandboxState
     from kata_lab.runtime.container import Container, ContainerState
     from kata_lab.runtime.errors import RuntimeFault
     from kata_lab.runtime.process import Process
-    from kata_lab.runtime.sandbox import RunResult, Sandbox, SandboxConfig, SandboxState
+    from kata_lab.runtime.sandbox import Sandbox
 
 _PLACES = {
     "Container": "container",
     "ContainerState": "container",
     "Process": "process",
-    "RunResult": "sandbox",
+    "RunResult": "config",
     "RuntimeFault": "errors",
     "Sandbox": "sandbox",
-    "SandboxConfig": "sandbox",
-    "SandboxState": "sandbox",
+    "SandboxConfig": "config",
+    "SandboxState": "config",
 }
 
 

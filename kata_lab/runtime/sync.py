@@ -20,12 +20,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from kata_lab.runtime import container as containers
 from kata_lab.runtime import process as processes
 from kata_lab.runtime import sandbox as sandboxes
-from kata_lab.runtime.sandbox import RunResult, SandboxState
+from kata_lab.runtime.config import RunResult, SandboxConfig, SandboxState
+from kata_lab.runtime.errors import RuntimeFault
 
 if TYPE_CHECKING:
     from kata_lab.oci import ImageHandle
 
 T = TypeVar("T")
+
+THREAD = "kata-lab-runtime"
 
 
 class _Loop:
@@ -35,37 +38,59 @@ class _Loop:
         self._lock = threading.Lock()
         self._users = 0
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._leave: asyncio.Event | None = None
         self._thread: threading.Thread | None = None
 
     def enter(self) -> None:
         with self._lock:
-            self._users += 1
-            if self._loop is None:
-                self._loop = asyncio.new_event_loop()
-                self._thread = threading.Thread(target=self._loop.run_forever, name="kata-lab-runtime", daemon=True)
+            if self._thread is None:
+                ready = threading.Event()
+                live = self._live
+                self._thread = threading.Thread(target=lambda: asyncio.run(live(ready)), name=THREAD, daemon=True)
                 self._thread.start()
+                ready.wait()
+            self._users += 1
+
+    async def _live(self, ready: threading.Event) -> None:
+        self._loop, self._leave = asyncio.get_running_loop(), asyncio.Event()
+        ready.set()
+        await self._leave.wait()
 
     def leave(self) -> None:
         with self._lock:
             self._users -= 1
-            if self._users or self._loop is None or self._thread is None:
+            if self._users or self._loop is None or self._leave is None or self._thread is None:
                 return
-            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._loop.call_soon_threadsafe(self._leave.set)
             self._thread.join()
-            self._loop.close()
-            self._loop = self._thread = None
+            self._loop = self._leave = self._thread = None
 
     def wait(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        if self._loop is None:
+        """Carry it out on the loop's thread. Ctrl-C cancels it, and is passed on when it has undone what it did."""
+        loop = self._loop
+        if loop is None:
             coroutine.close()
-            raise RuntimeError("no sandbox is open: use it within its with statement")
-        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+            raise RuntimeFault("no sandbox is open: use it within its with statement")
+        if threading.current_thread() is self._thread:
+            coroutine.close()
+            raise RuntimeFault("this would wait for the thread that it is called on; use kata_lab.runtime there")
+        over = threading.Event()
+        tasks: list[asyncio.Task[T]] = []
+
+        def begin() -> None:
+            tasks.append(loop.create_task(coroutine))
+            tasks[0].add_done_callback(lambda _: over.set())
+
+        loop.call_soon_threadsafe(begin)
         try:
-            return future.result()
+            over.wait()
         except BaseException:
-            # Ctrl-C came to the waiting thread; what it waited for must not go on.
-            future.cancel()
+            loop.call_soon_threadsafe(lambda: tasks[0].cancel())
+            # A second Ctrl-C leaves at once.
+            over.wait()
+            _ = tasks[0].cancelled() or tasks[0].exception()
             raise
+        return tasks[0].result()
 
 
 _LOOP = _Loop()
@@ -169,13 +194,13 @@ class SyncContainer:
 class Sandbox:
     """A sandbox; a context manager that starts and stops it. See :class:`kata_lab.runtime.sandbox.Sandbox`."""
 
-    def __init__(self, config: sandboxes.SandboxConfig | None = None) -> None:
-        self._config = config if config is not None else sandboxes.SandboxConfig()
+    def __init__(self, config: SandboxConfig | None = None) -> None:
+        self._config = config if config is not None else SandboxConfig()
         self._sandbox: sandboxes.Sandbox | None = None
 
     @classmethod
     def create(cls, **config: Any) -> Sandbox:
-        """A sandbox with these fields of :class:`~kata_lab.runtime.sandbox.SandboxConfig`."""
+        """A sandbox with these fields of :class:`~kata_lab.runtime.config.SandboxConfig`."""
         return cls(sandboxes.Sandbox.create(**config).config)
 
     @property
@@ -183,10 +208,10 @@ class Sandbox:
         """The sandbox that this one stands for; its coroutines belong to another thread's loop.
 
         Raises:
-            RuntimeError: it was never started.
+            RuntimeFault: it was never started.
         """
         if self._sandbox is None:
-            raise RuntimeError("the sandbox is not started: use it within its with statement")
+            raise RuntimeFault("the sandbox is not started: use it within its with statement")
         return self._sandbox
 
     @property
