@@ -126,7 +126,7 @@ class Container:
             raise RpcError(FAILED_PRECONDITION, f"container {self.id} cannot be paused or resumed: it has ended")
 
     async def remove(self):
-        """End what is left and take everything away."""
+        """End what is left of it; its files stay."""
         self.removing = True
         while self._launching or self.group.populated():
             self.group.kill()
@@ -140,6 +140,9 @@ class Container:
             process.close()
         self.group.remove()
         linux.remove_tree(f"{STATE}/{self.id}")
+
+    def remove_files(self):
+        """Remove its files, once its root is unmounted."""
         linux.remove_tree(self._bundle)
 
     # Its processes.

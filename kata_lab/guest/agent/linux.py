@@ -463,14 +463,15 @@ def exists(path):
 def remove_tree(path):
     """Remove a directory with all that is in it; what is mounted below it stays."""
     try:
-        entries = list(os.ilistdir(path))
+        entries, device = list(os.ilistdir(path)), os.stat(path)[2]
     except OSError:
         return
     for entry in entries:
         inner = path + "/" + entry[0]
         try:
             if entry[1] == 0x4000:
-                remove_tree(inner)
+                if os.stat(inner)[2] == device:
+                    remove_tree(inner)
             else:
                 os.remove(inner)
         except OSError:

@@ -223,6 +223,7 @@ class Sandbox:
         self._unwatch(container)
         await container.remove()
         self._storages.undo(container.places)
+        container.remove_files()
         self.containers.pop(container.id, None)
 
     async def _remove(self, container):
