@@ -11,7 +11,6 @@ import contextlib
 import json
 import shutil
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -116,7 +115,10 @@ def _start(pod: Pod) -> None:
     if shim.owner() is not None:
         raise RecordError(f"the sandbox {sandbox} still runs: wait until it has ended")
     with contextlib.ExitStack() as hold, contextlib.ExitStack() as undo:
-        volumes = undo.enter_context(_volumes(pod))
+        place = _volumes_directory(pod.name)
+        shutil.rmtree(place, ignore_errors=True)
+        undo.callback(shutil.rmtree, place, ignore_errors=True)
+        volumes = {each.name: _volume(each, place) for each in pod.volumes}
         made = []
         for each in pod.containers:
             wishes = {**each.wishes, "hostname": pod.hostname}
@@ -162,18 +164,6 @@ def _start_all(sandbox: str, made: list[ContainerDirectory]) -> None:
                 await client.task("Start", id=each.id)
 
     asyncio.run(start())
-
-
-@contextlib.contextmanager
-def _volumes(pod: Pod) -> Iterator[dict[str, Path]]:
-    """Where the pod's volumes are on the host; its own directories are made, and removed if it does not start."""
-    place = _volumes_directory(pod.name)
-    shutil.rmtree(place, ignore_errors=True)
-    try:
-        yield {each.name: _volume(each, place) for each in pod.volumes}
-    except BaseException:
-        shutil.rmtree(place, ignore_errors=True)
-        raise
 
 
 def _volume(volume: Volume, place: Path) -> Path:

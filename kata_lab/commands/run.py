@@ -42,7 +42,7 @@ SHIM_END_SECONDS: Final = 10.0  #: that a shim may take to clear away
 
 # As crun and execve(2) say it.
 _NOT_FOUND = re.compile(r"not found in|executable file .* not found|exec\w*\b.*no such file or directory", re.I)
-_NOT_EXECUTABLE = re.compile(r"open executable.*permission denied|exec\w*\b.*(permission denied|format error)", re.I)
+_NOT_EXECUTABLE = re.compile(r"is not executable|exec\w*\b.*(permission denied|format error|is a directory)", re.I)
 
 
 def carry_out(action: Callable[[argparse.Namespace], int], options: argparse.Namespace) -> int:

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Final
 
-from kata_lab.commands.console import standard_input
 from kata_lab.errors import KataLabError
 from kata_lab.shim.client import ShimClient
 from kata_lab.terminal import RawTerminal, WindowSize
@@ -71,7 +70,7 @@ class Session:
     def __init__(self, client: ShimClient, wanted: Wanted) -> None:
         self._client = client
         self._wanted = wanted
-        self._input = standard_input()
+        self._input = _standard_input()
         self._interactive = wanted.terminal and wanted.stdin and self._input is not None and os.isatty(self._input)
         self._asked_to_end = 0
         self._tasks: set[asyncio.Task[None]] = set()
@@ -201,6 +200,14 @@ class _Signals:
             signal.signal(number, handler)
 
 
+def _standard_input() -> int | None:
+    """The descriptor of standard input; None if the process was started without one."""
+    try:
+        return sys.stdin.fileno() if sys.stdin is not None else None
+    except (OSError, ValueError):
+        return None
+
+
 def _write_all(descriptor: int, data: bytes) -> None:
     view = memoryview(data)
     while view:
@@ -241,6 +248,6 @@ async def _read(descriptor: int) -> bytes:
 
 def refuse_without_terminal(terminal: bool, stdin: bool) -> None:
     """KataLabError where a terminal is wanted and the standard input is none."""
-    descriptor = standard_input()
+    descriptor = _standard_input()
     if terminal and stdin and (descriptor is None or not os.isatty(descriptor)):
         raise KataLabError("the standard input is no terminal: leave out -t, or -i")

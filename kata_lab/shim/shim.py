@@ -441,6 +441,7 @@ class Shim:
         except KataLabError as error:
             _log.warning("container %s was not started again: %s", task.id, error)
             self._again.pop(task.id, None)
+            record.reason = f"it was not started again: {error}"
             await self._rest(task)
 
     async def _rest(self, task: Task) -> None:
