@@ -80,6 +80,7 @@ def examine(root: Path = Path("/")) -> Iterator[Check]:
     yield check_memory(root)
     yield from check_places()
     yield from check_guest()
+    yield from check_programs()
     yield check_qemu()
 
 
@@ -309,6 +310,20 @@ def _keyring() -> str:
     from kata_lab.image.apt import find_keyring
 
     return str(find_keyring())
+
+
+def check_programs(which: Callable[..., str | None] = shutil.which) -> Iterator[Check]:
+    """Programs that sandboxes use; system directories are searched as well, where a user's PATH often does not lead."""
+    path = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
+    for name, package, use in (
+        ("mke2fs", "e2fsprogs", "sandboxes need it for their disks"),
+        ("passt", "passt", "networks of guests need it, where there is no tap"),
+    ):
+        found = which(name, path=path)
+        if found is None:
+            yield Check(name, "note", f"no {name}", f"{use}: install the package {package}")
+        else:
+            yield Check(name, "ok", found)
 
 
 def check_qemu(which: Callable[[str], str | None] = shutil.which) -> Check:

@@ -148,3 +148,20 @@ def test_a_home_that_is_a_relative_path_is_told_in_the_builders_words(monkeypatc
     monkeypatch.setenv("KATA_LAB_HOME", "here")
 
     assert all("it must be an absolute path" in check.advice for check in doctor.check_places())
+
+
+def test_programs_that_sandboxes_use_are_looked_for_in_system_directories_too() -> None:
+    asked: list[str] = []
+
+    def which(name: str, path: str) -> str | None:
+        asked.append(path)
+        return f"/usr/sbin/{name}" if name == "mke2fs" else None
+
+    found = {each.name: each for each in doctor.check_programs(which)}
+
+    assert found["mke2fs"].verdict == "ok"
+    assert (found["passt"].verdict, found["passt"].advice) == (
+        "note",
+        "networks of guests need it, where there is no tap: install the package passt",
+    )
+    assert all(each.endswith(":/usr/sbin:/sbin") for each in asked)
