@@ -564,6 +564,19 @@ def test_a_restored_guest_is_told_that_its_connections_are_gone(guest: Guest) ->
         guest.expect(RST)
 
 
+def test_a_restored_device_opens_connections_from_ports_that_the_guest_has_not_seen(guest: Guest) -> None:
+    host, (_, before) = dialled(guest)
+    host.close()
+    saved = guest.device.save_own()
+
+    with guest_of(VsockConfig(cid=CID)) as other:
+        other.device.restore_own(saved)
+        host, (_, after) = dialled(other)
+        host.close()
+
+    assert after == before + 1
+
+
 def test_the_configuration_space_has_the_cid(guest: Guest) -> None:
     assert guest.driver.config(0, 4) == CID
     assert guest.driver.config(4, 4) == 0

@@ -196,8 +196,12 @@ class VsockDevice(VirtioDevice):
                 self._send_event()
                 self._work()
 
+    def save_own(self) -> dict[str, Any]:
+        return {"next_host_port": self._board.next_host_port}
+
     def restore_own(self, own: Mapping[str, Any]) -> None:
         self._restored = True
+        self._board.next_host_port = own["next_host_port"]
 
     def close(self) -> None:
         with self.lock:

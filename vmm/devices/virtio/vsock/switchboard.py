@@ -105,7 +105,9 @@ class Switchboard:
         self._watched: dict[int, Connection] = {}
         self._timed: set[Connection] = set()
         self._granted = 0
-        self._next_host_port = FIRST_HOST_PORT
+        #: That of the next connection that the host opens. It goes on from where a saved device was: the guest's
+        #: programs may keep a dead socket, whose two ports the guest's kernel then refuses.
+        self.next_host_port = FIRST_HOST_PORT
         self._stood_still = 0.0
         self._stopped_at: float | None = None
         self._accepting = False
@@ -419,10 +421,10 @@ class Switchboard:
 
     def open(self, port: int, host: socket.socket) -> Connection:
         """Ask the guest to connect ``host`` to one of its ports; the socket belongs to the connection from now on."""
-        while (port, self._next_host_port) in self._connections:
-            self._next_host_port += 1
-        host_port = self._next_host_port
-        self._next_host_port = host_port + 1 if host_port < LAST_HOST_PORT else FIRST_HOST_PORT
+        while (port, self.next_host_port) in self._connections:
+            self.next_host_port += 1
+        host_port = self.next_host_port
+        self.next_host_port = host_port + 1 if host_port < LAST_HOST_PORT else FIRST_HOST_PORT
         connection = self._add(State.REQUESTED, host, port, host_port)
         self.want(connection, REQUEST)
         self._limit_time(connection, CONNECT_SECONDS)
