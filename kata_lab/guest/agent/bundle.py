@@ -101,6 +101,7 @@ def to_configuration(spec, container_id, pid_namespace=None):
     """
     configuration = to_json(spec)
     configuration.setdefault("ociVersion", "1.0.2")
+    configuration.setdefault("mounts", [])  # crun wants it
     configuration["process"] = to_process(spec["Process"])
     section = configuration.setdefault("linux", {})
     if spec["Linux"] is not None and spec["Linux"]["Resources"] is not None:

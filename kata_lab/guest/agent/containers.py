@@ -125,8 +125,8 @@ class Container:
         if self.process(self.id).ended or not await self.group.freeze(frozen):
             raise RpcError(FAILED_PRECONDITION, f"container {self.id} cannot be paused or resumed: it has ended")
 
-    async def remove(self):
-        """End what is left of it; its files stay."""
+    async def remove(self, unmount):
+        """End what is left and take everything away; ``unmount`` undoes what was mounted for it."""
         self.removing = True
         while self._launching or self.group.populated():
             self.group.kill()
@@ -140,9 +140,7 @@ class Container:
             process.close()
         self.group.remove()
         linux.remove_tree(f"{STATE}/{self.id}")
-
-    def remove_files(self):
-        """Remove its files, once its root is unmounted."""
+        unmount(self.places)
         linux.remove_tree(self._bundle)
 
     # Its processes.

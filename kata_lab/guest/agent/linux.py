@@ -461,25 +461,23 @@ def exists(path):
 
 
 def remove_tree(path):
-    """Remove a directory with all that is in it; what is mounted below it stays."""
+    """Remove a directory with all that is in it; never what is mounted there or below it."""
     try:
-        entries, device = list(os.ilistdir(path)), os.stat(path)[2]
+        _remove_within(path, os.stat(path.rpartition("/")[0])[2])
     except OSError:
+        pass  # there is none, or something is mounted in it
+
+
+def _remove_within(path, device):
+    if os.stat(path)[2] != device:
         return
-    for entry in entries:
+    for entry in list(os.ilistdir(path)):
         inner = path + "/" + entry[0]
-        try:
-            if entry[1] == 0x4000:
-                if os.stat(inner)[2] == device:
-                    remove_tree(inner)
-            else:
-                os.remove(inner)
-        except OSError:
-            pass
-    try:
-        os.rmdir(path)
-    except OSError:
-        pass
+        if entry[1] == 0x4000:
+            _remove_within(inner, device)
+        else:
+            os.remove(inner)
+    os.rmdir(path)
 
 
 _word = array.array("i", [0])

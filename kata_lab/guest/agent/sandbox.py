@@ -221,9 +221,7 @@ class Sandbox:
 
     async def _take_away(self, container):
         self._unwatch(container)
-        await container.remove()
-        self._storages.undo(container.places)
-        container.remove_files()
+        await container.remove(self._storages.undo)
         self.containers.pop(container.id, None)
 
     async def _remove(self, container):
@@ -314,6 +312,8 @@ class Sandbox:
     async def update_interface(self, request):
         import network
 
+        if request["interface"] is None:
+            raise RpcError(INVALID_ARGUMENT, "an interface needs a description")
         return await network.update_interface(self.children, request["interface"])
 
     async def update_routes(self, request):

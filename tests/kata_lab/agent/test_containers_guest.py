@@ -6,7 +6,7 @@ import signal
 
 import pytest
 
-from tests.kata_lab.agent.guest import AgentGuest, StatusCode
+from tests.kata_lab.agent.guest import AgentGuest, InGuest, StatusCode, configuration
 
 TWO_CAPABILITIES = {
     name: ["CAP_CHOWN", "CAP_KILL"] for name in ("bounding", "effective", "inheritable", "permitted", "ambient")
@@ -232,6 +232,15 @@ def test_what_is_asked_for_wrongly_is_refused_with_its_code(guest: AgentGuest) -
         assert guest.refused("CreateSandbox", sandbox_id="s2").code is StatusCode.ALREADY_EXISTS
 
 
+def test_what_a_container_is_removed_with_keeps_its_files(guest: AgentGuest) -> None:
+    container = InGuest(guest, guest.name())
+    for script, said in (("echo mine > /file", ""), ("cat /file; ls /bin/busybox", "mine\n/bin/busybox\n")):
+        container.create(configuration(["/bin/sh", "-c", script]))
+        guest.call("StartContainer", container_id=container.id)
+        assert container.finish() == (0, said)
+        guest.call("RemoveContainer", container_id=container.id)
+
+
 def test_a_storage_that_fails_undoes_those_before_it(guest: AgentGuest) -> None:
     good = {"driver": "ephemeral", "mount_point": "/run/kata-containers/good", "fstype": "tmpfs"}
     bad = {"driver": "blk", "source": "serial=none", "fstype": "ext4", "mount_point": "/run/kata-containers/bad"}
@@ -294,7 +303,7 @@ def test_many_lives_leave_nothing(guest: AgentGuest) -> None:
 
     cycle(2)
     descriptors = guest.metric("kata_agent_process_open_fds")
-    for _ in range(15):
+    for _ in range(5):
         cycle(2)
     assert guest.metric("kata_agent_process_open_fds") == descriptors
     assert guest.metric("kata_agent_process_resident_memory_bytes") <= 8 << 20
