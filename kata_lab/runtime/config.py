@@ -39,6 +39,7 @@ class SandboxConfig:
         images: with ``"block"``, the OCI images that containers may have: their disks are there when the VM starts.
         network: its network interface, or None for loopback alone.
         hostname: the guest's; the sandbox's name if empty.
+        shared_pid_namespace: all containers see one another's processes, as in a pod that says so.
         append: words to add to the kernel's command line.
         trace: count the VM's exits.
     """
@@ -51,6 +52,7 @@ class SandboxConfig:
     images: tuple[str, ...] = ()
     network: NetworkConfig | None = None
     hostname: str = ""
+    shared_pid_namespace: bool = False
     append: str = ""
     trace: bool = False
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Final
 
 from kata_lab.agent.client import AgentClient
@@ -17,36 +18,53 @@ NAME_FILES: Final = ("hosts", "hostname", "resolv.conf")
 GREETING_SECONDS: Final = 60.0  #: that the agent may take for any of it
 
 
-async def greet(
-    agent: AgentClient, sandbox_id: str, hostname: str, image_serials: Sequence[str], network: GuestNetwork | None
-) -> None:
+@dataclass(frozen=True, slots=True)
+class Greeting:
+    """What a guest is told.
+
+    Attributes:
+        sandbox_id: the sandbox's name.
+        hostname: the guest's.
+        images: serial numbers of disks with images.
+        network: of its interface ``eth0``, or None.
+        shared_pid_namespace: containers may share one.
+    """
+
+    sandbox_id: str
+    hostname: str
+    images: Sequence[str] = ()
+    network: GuestNetwork | None = None
+    shared_pid_namespace: bool = False
+
+
+async def greet(agent: AgentClient, told: Greeting) -> None:
     """Tell the agent everything, at once where the order does not count.
 
     Raises:
         RpcError: the guest cannot do it.
     """
     async with asyncio.TaskGroup() as group:
-        group.create_task(_sandbox(agent, sandbox_id, hostname, image_serials, network))
+        group.create_task(_sandbox(agent, told))
         now = time.time_ns()
         date = agent.call("SetGuestDateTime", GREETING_SECONDS, Sec=now // 10**9, Usec=now // 1000 % 10**6)
         group.create_task(date)
-        address = network.address if network is not None else "127.0.1.1"
-        hosts = f"127.0.0.1 localhost\n::1 localhost ip6-localhost ip6-loopback\n{address} {hostname}\n"
-        for name, text in (("hosts", hosts), ("hostname", f"{hostname}\n")):
+        address = told.network.address if told.network is not None else "127.0.1.1"
+        hosts = f"127.0.0.1 localhost\n::1 localhost ip6-localhost ip6-loopback\n{address} {told.hostname}\n"
+        for name, text in (("hosts", hosts), ("hostname", f"{told.hostname}\n")):
             group.create_task(_write(agent, f"{NAMES}/{name}", text.encode()))
 
 
-async def _sandbox(
-    agent: AgentClient, sandbox_id: str, hostname: str, image_serials: Sequence[str], network: GuestNetwork | None
-) -> None:
+async def _sandbox(agent: AgentClient, told: Greeting) -> None:
+    network = told.network
     request = {
-        "hostname": hostname,
+        "hostname": told.hostname,
         "dns": network.resolver if network is not None else [],
-        "sandbox_id": sandbox_id,
+        "sandbox_id": told.sandbox_id,
+        "sandbox_pidns": told.shared_pid_namespace,
         "storages": [
             {"driver": "virtio-fs", "source": "kataShared", "fstype": "virtiofs", "mount_point": SHARED},
             _disk(SERIAL, SCRATCH, "noatime"),
-            *(_disk(serial, f"{IMAGES}/{serial}", "ro", "noatime") for serial in image_serials),
+            *(_disk(serial, f"{IMAGES}/{serial}", "ro", "noatime") for serial in told.images),
         ],
     }
     await agent.call("CreateSandbox", GREETING_SECONDS, **request)

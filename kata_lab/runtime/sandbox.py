@@ -32,7 +32,7 @@ from kata_lab.runtime.completion import completed, ended
 from kata_lab.runtime.config import RunResult, SandboxConfig, SandboxState
 from kata_lab.runtime.container import Container, ContainerState
 from kata_lab.runtime.errors import RuntimeFault, first_error
-from kata_lab.runtime.greeting import NAME_FILES, NAMES, greet
+from kata_lab.runtime.greeting import NAME_FILES, NAMES, Greeting, greet
 from kata_lab.runtime.logs import follow_agent_log, logger_of
 from kata_lab.runtime.shares import ShareTable
 from kata_lab.runtime.state import ProcessIdentity, SandboxRecord, StateDirectory, check_name
@@ -187,15 +187,14 @@ class Sandbox:
 
     async def _start(self) -> None:
         self._check_socket_path()
-        await completed(asyncio.to_thread(self._directory.make, self._make_record()))
-        self._undo.push_async_callback(asyncio.to_thread, self._directory.remove)
+        await completed(self._make_directory())
         async with asyncio.TaskGroup() as group:
             preparing = group.create_task(self._prepare())
             group.create_task(self.hypervisor.load())
         self.mark("prepared")
         self._undo.push_async_callback(self.hypervisor.cleanup)
         await self.hypervisor.prepare_vm(preparing.result())
-        await completed(self.hypervisor.start_vm(START_VM_SECONDS))
+        await self.hypervisor.start_vm(START_VM_SECONDS)
         self.mark("VM runs")
         async with asyncio.TaskGroup() as group:
             group.create_task(asyncio.to_thread(_import_oci))
@@ -203,7 +202,8 @@ class Sandbox:
         agent = connecting.result()
         behind_passt = self.config.network is not None and self.config.network.backend == "passt"
         network = await asyncio.to_thread(network_behind_passt) if behind_passt else None
-        await greet(agent, self.id, self.hostname, tuple(self._disks.values()), network)
+        images, shared = tuple(self._disks.values()), self.config.shared_pid_namespace
+        await greet(agent, Greeting(self.id, self.hostname, images, network, shared))
         agent.fate = self._fate
         self._state = SandboxState.RUNNING
         self._write_record()
@@ -212,6 +212,10 @@ class Sandbox:
             self._watch(watch)
         self._watch(follow_agent_log(functools.partial(self.hypervisor.dial, LOG_PORT), self.log))
         self.log.info("sandbox runs", extra={"seconds": round(time.monotonic() - self._began, 3)})
+
+    async def _make_directory(self) -> None:
+        await asyncio.to_thread(self._directory.make, self._make_record())
+        self._undo.push_async_callback(asyncio.to_thread, self._directory.remove)
 
     async def _connect(self) -> AgentClient:
         dial = functools.partial(self.hypervisor.dial, RPC_PORT)
@@ -316,7 +320,12 @@ class Sandbox:
                 known = None if attached.own or not isinstance(rootfs, DirectoryRoot) else rootfs.path
                 mounts = [*bound, *_name_mounts(bound, known)]
                 inside = {**spec, "mounts": mounts, "root": {**spec.get("root", {}), "path": attached.path}}
-                request = {"container_id": name, "exec_id": name, "OCI": agent_spec(inside)}
+                request = {
+                    "container_id": name,
+                    "exec_id": name,
+                    "OCI": agent_spec(inside),
+                    "sandbox_pidns": self.config.shared_pid_namespace,
+                }
                 await self.agent.call("CreateContainer", CREATE_SECONDS, **request, storages=attached.storages)
                 if held is not None:
                     undo.push_async_callback(held.pop_all().aclose)
@@ -395,15 +404,12 @@ class Sandbox:
         **wishes: Any,
     ) -> Container:
         """Create a container of an OCI image; see :meth:`run` for the arguments and errors."""
-        from kata_lab.oci import make_spec, open_image
+        from kata_lab.oci import make_spec
 
         self._require_running("given a container")
         async with contextlib.AsyncExitStack() as held:
-            handle = image
-            if isinstance(handle, str):
-                handle = await completed(asyncio.to_thread(open_image, handle))
-                # Its layers stay in the store for as long as the container is there.
-                held.callback(handle.close)
+            # Its layers stay in the store for as long as the container is there.
+            handle = await completed(_opened(image, held)) if isinstance(image, str) else image
             spec = await asyncio.to_thread(lambda: make_spec(handle, args, **wishes))
             return await self.create_container(spec, await self._root_of(handle, held), container_id, held)
 
@@ -588,6 +594,14 @@ class Sandbox:
 
     def _write_record(self) -> None:
         self._directory.write(self._make_record())
+
+
+async def _opened(reference: str, held: contextlib.AsyncExitStack) -> ImageHandle:
+    from kata_lab.oci import open_image
+
+    handle = await asyncio.to_thread(open_image, reference)
+    held.callback(handle.close)
+    return handle
 
 
 def _name_mounts(mounts: Sequence[Mapping[str, Any]], directory: Path | None) -> list[dict[str, Any]]:
