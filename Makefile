@@ -1,4 +1,4 @@
-# Kata Lab: make demo boots a machine, make test runs all tests, make lab opens the notebooks.
+# Kata Lab: make demo boots a machine and runs a container, make test runs all tests, make lab opens the notebooks.
 # For Debian 12 and newer and Ubuntu 24.04 and newer. Python packages go to .venv, from where pip is configured to fetch.
 
 SHELL := /bin/bash
@@ -56,7 +56,7 @@ find_python() {
 endef
 
 help:
-	echo 'make demo   installs what is needed, boots a Debian kernel in a Python process and runs a command in it'
+	echo 'make demo   installs what is needed, boots a Debian kernel in a Python process, and runs a container in a sandbox'
 	echo 'make test   installs what the tests need, and runs all checks and tests'
 	echo 'make lab    opens the notebooks in JupyterLab'
 	echo 'make clean  removes the virtual environment and what tools left behind'
@@ -68,6 +68,12 @@ demo: system-demo $(VENV)/.demo
 	$(BIN)/kata-lab doctor
 	step 'Booting a Debian kernel in a Python process (kata-lab boot); the first time it is fetched and the CPU compiled'
 	$(BIN)/kata-lab boot --trace --run 'uname -a' </dev/null
+	step 'Running a container in a sandbox of its own (kata-lab run --rm busybox uname -a); the first time both are built'
+	$(BIN)/kata-lab run --rm busybox uname -a </dev/null
+	step 'What such a start consists of (kata-lab run --detach, kata-lab timeline)'
+	container=$$($(BIN)/kata-lab run --detach busybox sleep 600 </dev/null)
+	trap '$(BIN)/kata-lab rm --force "$$container" >/dev/null' EXIT
+	$(BIN)/kata-lab timeline "$$container"
 
 test: system-test $(VENV)/.test
 	$(INSTALL)
@@ -97,6 +103,7 @@ system-demo:
 	need python3 'the lab is written in Python' have_python
 	need python3-venv 'its packages go to $(VENV)' have_python
 	need debian-archive-keyring 'its keys sign the packages of the guest' ls /usr/share/keyrings/debian-archive-keyring.*
+	need e2fsprogs 'makes the disks of sandboxes' env PATH="$$PATH:/usr/sbin:/sbin" sh -c 'command -v mke2fs'
 	install_needed
 	have_python || { echo 'make: Python 3.11 or newer is needed: name one with make PYTHON=...' >&2; exit 1; }
 
@@ -112,7 +119,7 @@ system-test: system-demo
 	need erofs-utils 'makes and checks read-only disk roots' env PATH="$$PATH:/usr/sbin:/sbin" sh -c 'command -v mkfs.erofs fsck.erofs'
 	need passt 'is the network of guests' command -v passt
 	need iperf3 'measures the network of guests' command -v iperf3
-	need e2fsprogs 'makes and checks ext4 disk roots' env PATH="$$PATH:/usr/sbin:/sbin" sh -c 'command -v mke2fs e2fsck'
+	need e2fsprogs 'checks ext4 disk roots' env PATH="$$PATH:/usr/sbin:/sbin" sh -c 'command -v mke2fs e2fsck'
 	need skopeo 'reads, writes and copies images, a referee of ours' command -v skopeo
 	need umoci 'unpacks images, a referee of ours' command -v umoci
 	install_needed

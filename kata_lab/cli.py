@@ -124,6 +124,7 @@ def build_parser() -> argparse.ArgumentParser:
         ("compute", "loops on one hart, and on two"),
         ("image", "the lifsea image against the debian image: packages, size, boot to services"),
         ("io", "disk, network, shared directory and sockets of a guest"),
+        ("run", "a container from nothing, with the parts of its start; one in a running sandbox; exec; memory"),
     ):
         each = kinds.add_parser(kind, help=told, allow_abbrev=False)
         each.add_argument("--json", action="store_true", help="print plain data")
@@ -135,6 +136,8 @@ def build_parser() -> argparse.ArgumentParser:
             each.add_argument("--size", type=_factor, default=1.0, metavar="X", help="length of the loops (default 1)")
         elif kind == "io":
             each.add_argument("--seconds", type=_seconds, default=3.0, metavar="S", help="of each load (default 3)")
+        elif kind == "run":
+            each.add_argument("--rounds", type=_runs, default=5, metavar="N", help="containers of each run (default 5)")
         each.set_defaults(run=_bench)
     return parser
 
@@ -205,8 +208,10 @@ def _boot(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    from kata_lab.bench.command import run_boot, run_compute, run_image, run_io
+    from kata_lab.bench.command import run_boot, run_compute, run_image, run_io, run_run
 
+    if options.kind == "run":
+        return run_run(options.runs, options.json, options.rounds)
     if options.kind == "io":
         return run_io(options.runs, options.json, options.seconds)
     if options.kind == "image":

@@ -11,6 +11,7 @@ from kata_lab.bench.boot import BootFigures, measure_boot
 from kata_lab.bench.compute import ComputeFigures, measure_compute
 from kata_lab.bench.image import ImageFigures, measure_images
 from kata_lab.bench.io import IoFigures, measure_io
+from kata_lab.bench.run import PARTS, RunFigures, measure_run
 
 _DIGITS = 4
 
@@ -40,6 +41,13 @@ def run_io(runs: int, as_json: bool, seconds: float) -> int:
     """``kata-lab bench io``; the exit status."""
     figures = measure_io(runs, seconds)
     print(_json(figures) if as_json else io_table(figures))
+    return 0
+
+
+def run_run(runs: int, as_json: bool, rounds: int) -> int:
+    """``kata-lab bench run``; the exit status."""
+    figures = measure_run(runs, rounds)
+    print(_json(figures) if as_json else run_table(figures))
     return 0
 
 
@@ -110,6 +118,50 @@ def io_table(figures: IoFigures) -> str:
     return "\n".join(lines)
 
 
+def run_table(figures: RunFigures) -> str:
+    """For a person."""
+    rows = [
+        ("kata-lab run to first output, s", f"{figures.start_s:.2f}"),
+        ("  spread of runs", f"{figures.start_spread:.0%}"),
+        *((f"  {_RUN_PARTS[name]}", f"{figures.parts[name]:.2f}") for name in PARTS),
+        (_RUN_NAMES["container_s"], f"{figures.container_s * 1e3:.0f}"),
+        ("  spread", f"{figures.container_spread:.0%}"),
+        ("  million instructions", f"{figures.container_instructions / 1e6:.0f}"),
+        (_RUN_NAMES["exec_s"], f"{figures.exec_s * 1e3:.0f}"),
+        ("  spread", f"{figures.exec_spread:.0%}"),
+        ("  million instructions", f"{figures.exec_instructions / 1e6:.0f}"),
+        ("standard output, MB/s", f"{figures.stdout_mb_s:.1f}"),
+        (_RUN_NAMES["agent_bytes"], f"{figures.agent_bytes / 1e6:.1f}"),
+        ("memory (PSS) of the sandbox's process, MiB", _mib(figures.pss_bytes)),
+        (_RUN_NAMES["ps_s"], f"{figures.ps_s * 1e3:.0f}"),
+        (_RUN_NAMES["help_s"], f"{figures.help_s * 1e3:.0f}"),
+        ("a Python that does nothing, ms", f"{figures.interpreter_s * 1e3:.0f}"),
+    ]
+    width = max(len(name) for name, _ in rows)
+    lines = [f"{name:{width}}  {value:>8}" for name, value in rows]
+    lines += [f"{_RUN_NAMES[name]}: {limit}" for name, limit in figures.limits.items()]
+    lines.append(_medians(figures.runs, figures.versions))
+    return "\n".join(lines)
+
+
+_RUN_PARTS = {
+    "command": "command",
+    "process": "process",
+    "vmm": "VMM",
+    "kernel": "kernel",
+    "init": "init",
+    "agent": "agent",
+    "container": "container",
+}
+
+_RUN_NAMES = {
+    "container_s": "container in a running sandbox, ms",
+    "exec_s": "exec in a running container, ms",
+    "agent_bytes": "agent's memory in the guest, MB",
+    "ps_s": "kata-lab ps, ms",
+    "help_s": "kata-lab --help, ms",
+}
+
 _IO_NAMES = {
     "seq_read_mb_s": "disk, sequential read, MB/s",
     "seq_write_mb_s": "disk, sequential write, MB/s",
@@ -143,7 +195,7 @@ def _told(versions: dict[str, str]) -> list[str]:
     return [f"{name} {version}" for name, version in versions.items()]
 
 
-def _json(figures: BootFigures | ComputeFigures | ImageFigures | IoFigures) -> str:
+def _json(figures: BootFigures | ComputeFigures | ImageFigures | IoFigures | RunFigures) -> str:
     return json.dumps(_rounded(asdict(figures)), indent=1)
 
 
