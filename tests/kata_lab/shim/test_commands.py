@@ -32,7 +32,9 @@ def state(home: Path, root: Path) -> Iterator[Path]:
 
 def left(state: Path) -> list[str]:
     """What there is of containers and sandboxes."""
-    return [str(each) for kind in ("containers", "shims", "sandboxes") for each in (state / kind).glob("*")]
+    found = (each for kind in ("containers", "shims", "sandboxes") for each in (state / kind).glob("*"))
+    # A lock is nobody's.
+    return [str(each) for each in found if each.name != ".lock"]
 
 
 def ps() -> list[dict[str, Any]]:
