@@ -66,6 +66,9 @@ def _value(kind: str, label: str, item: Any, path: str) -> Any:
         return item
     if kind == "grpc.LinuxNamespace":
         return [{"Type": each["type"]} for each in item if each["type"] != "network"]
+    if kind == "grpc.LinuxDeviceCgroup":
+        # A number that is not given stands for all, which is minus one; zero is a number.
+        item = [{"major": -1, "minor": -1, **each} for each in item]
     if label == "many":
         return [_message(kind, each, path) for each in item]
     if not isinstance(item, dict):
