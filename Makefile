@@ -122,6 +122,8 @@ system-test: system-demo
 	need e2fsprogs 'checks ext4 disk roots' env PATH="$$PATH:/usr/sbin:/sbin" sh -c 'command -v mke2fs e2fsck'
 	need skopeo 'reads, writes and copies images, a referee of ours' command -v skopeo
 	need umoci 'unpacks images, a referee of ours' command -v umoci
+	need crun 'runs bundles, a referee of ours' command -v crun
+	need busybox-static 'is the programs of those bundles' command -v busybox
 	install_needed
 
 $(VENV)/.made: | system-demo

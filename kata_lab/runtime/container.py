@@ -53,6 +53,7 @@ class Container:
         self._exec_numbers = itertools.count(1)
         self._order = asyncio.Lock()
         self._removing: asyncio.Task[None] | None = None
+        self._removed = False
         self._gone = False
         self._watches: set[asyncio.Task[None]] = set()
         #: Whether the guest's kernel killed one of its processes for want of memory.
@@ -196,6 +197,7 @@ class Container:
 
     async def _remove(self) -> None:
         async with self._order:
+            self._removed = True
             try:
                 if not self._gone and self._agent.lost is None:
                     await self._ask_to_remove()
@@ -226,7 +228,7 @@ class Container:
         await self._release()
 
     def _require(self, what: str, *states: ContainerState) -> None:
-        if self._removing is not None:
+        if self._removed:
             raise RuntimeFault(f"container {self.id} is removed and cannot be {what}")
         if self.state not in states:
             wanted = " or ".join(map(str, states))

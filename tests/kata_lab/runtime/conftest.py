@@ -24,8 +24,8 @@ class Loop:
         self._thread = threading.Thread(target=self._loop.run_forever, name="test-loop")
         self._thread.start()
 
-    def __call__(self, work: Coroutine[Any, Any, T]) -> T:
-        return asyncio.run_coroutine_threadsafe(asyncio.wait_for(work, SECONDS), self._loop).result()
+    def __call__(self, work: Coroutine[Any, Any, T], seconds: float = SECONDS) -> T:
+        return asyncio.run_coroutine_threadsafe(asyncio.wait_for(work, seconds), self._loop).result()
 
     def close(self) -> None:
         self(self._loop.shutdown_default_executor())

@@ -1,0 +1,71 @@
+"""The runtime without asyncio: streams, several sandboxes, and Ctrl-C in a script."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from kata_lab.runtime import ContainerState, RuntimeFault, SandboxState
+from kata_lab.runtime.sync import THREAD, Sandbox
+
+SCRIPT = """
+import os, sys, threading
+from kata_lab.runtime.sync import Sandbox
+held = len(os.listdir("/proc/self/fd"))
+sandbox = Sandbox.create(id="interrupted", memory_mib=128)
+try:
+    with sandbox:
+        print("started", flush=True)
+        sandbox.run(["sleep", "1000"])
+except KeyboardInterrupt:
+    threads = sorted(each.name for each in threading.enumerate())
+    print("interrupted", threads, len(os.listdir("/proc/self/fd")) - held, flush=True)
+"""
+
+
+def test_script_uses_a_sandbox_as_it_stands() -> None:
+    with Sandbox.create(memory_mib=128) as sandbox:
+        assert sandbox.state is SandboxState.RUNNING
+        assert sandbox.run(["cat"], stdin=b"in").stdout == b"in"
+        container = sandbox.new_container(["sh", "-c", "cat; exit 7"])
+        process = container.start()
+        process.write(b"one ")
+        process.write(b"two")
+        process.close_stdin()
+        assert b"".join(process.output()) == b"one two"
+        assert process.wait() == container.wait() == process.status == 7
+        assert container.state is ContainerState.STOPPED
+        container.remove()
+        assert sandbox.timeline
+        with pytest.raises(RuntimeFault, match="thread that it is called on"):
+            sandbox.asynchronous.agent.on_call = lambda _: sandbox.pause()
+            container = sandbox.new_container(["true"])
+
+    assert sandbox.state is SandboxState.STOPPED
+    assert THREAD not in {each.name for each in threading.enumerate()}
+    with pytest.raises(RuntimeFault, match="no sandbox is open"):
+        sandbox.run(["true"])
+
+
+@pytest.mark.parametrize("when", ["while it starts", "while it runs"])
+def test_ctrl_c_leaves_nothing_behind(when: str, tmp_path: Path) -> None:
+    home = os.environ.get("KATA_LAB_HOME", "")
+    with subprocess.Popen(
+        [sys.executable, "-c", SCRIPT], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ}
+    ) as script:
+        assert script.stdout is not None
+        if when == "while it runs":
+            assert script.stdout.readline() == "started\n"
+        threading.Event().wait(0.7)
+        script.send_signal(signal.SIGINT)
+        said, errors = script.communicate(timeout=60)
+
+    assert said == "interrupted ['MainThread'] 0\n", errors
+    assert errors == ""
+    assert home == os.environ.get("KATA_LAB_HOME", "")
