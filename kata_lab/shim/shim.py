@@ -406,6 +406,8 @@ class Shim:
         again = self._starts_again(task, record)
         if again:
             task.state = "restarting"
+            # From the moment that anybody can see it, it can be ended.
+            self._again[task.id] = asyncio.create_task(self._start_again(task, record), name=f"restart-{task.id}")
         if record.auto_remove and not again:
             await asyncio.to_thread(task.directory.remove)
         else:
@@ -415,9 +417,7 @@ class Shim:
                 await container.remove()
             except KataLabError as error:
                 _log.warning("container %s was not removed in the guest: %s", task.id, error)
-        if again:
-            self._again[task.id] = asyncio.create_task(self._start_again(task, record), name=f"restart-{task.id}")
-        else:
+        if not again:
             self._end_if_idle()
 
     def _starts_again(self, task: Task, record: ContainerRecord) -> bool:
@@ -429,10 +429,10 @@ class Shim:
     async def _start_again(self, task: Task, record: ContainerRecord) -> None:
         failures = 0 if record.finished - record.started > STEADY_SECONDS else self._failures.get(task.id, 0)
         self._failures[task.id] = failures + 1
+        await task.process.ended.wait()
         await asyncio.sleep(min(2.0 ** (failures - 1), LONGEST_DELAY) if failures else 0.0)
         task.state = "stopped"
         try:
-            await task.process.ended.wait()
             record.restarts += 1
             await self._note(task)
             await self.create_recorded(task.id)
