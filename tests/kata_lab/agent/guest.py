@@ -46,7 +46,7 @@ def configuration(args: Sequence[str], **wishes: Any) -> dict[str, Any]:
     linux = {"namespaces": [{"type": each} for each in ("pid", "mount", "ipc", "uts")], **wishes.pop("linux", {})}
     mounts = [PROC, *wishes.pop("mounts", [])]
     root = {"path": "rootfs", "readonly": wishes.pop("readonly", False)}
-    top = {name: wishes.pop(name) for name in ("hostname", "annotations") if name in wishes}
+    top: dict[str, Any] = {name: wishes.pop(name) for name in ("hostname", "annotations") if name in wishes}
     return {
         "ociVersion": "1.0.2",
         "process": process(args, **wishes),

@@ -102,7 +102,7 @@ def test_a_full_configuration_comes_out_as_it_went_in(bundle: ModuleType) -> Non
 
 
 def test_a_small_configuration_gets_what_it_cannot_be_without(bundle: ModuleType) -> None:
-    small = {"ociVersion": "1.0.2", "process": {"args": ["x"], "cwd": "/"}, "root": {"path": "/r"}}
+    small: dict[str, Any] = {"process": {"args": ["x"], "cwd": "/"}}
     found = bundle.to_configuration(_through("grpc.Spec", {"Process": {"Args": ["x"]}, "Root": {"Path": "/r"}}), "n")
     assert found["process"] == {**small["process"], "user": {"uid": 0, "gid": 0}}
     assert found["mounts"] == []

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import signal
+from typing import Any
 
 import pytest
 
@@ -123,7 +125,7 @@ def test_a_volume_is_mounted_once_for_two_containers(guest: AgentGuest) -> None:
         "mount_point": place,
         "options": ["mode=0700"],
     }
-    wishes = {
+    wishes: dict[str, Any] = {
         "mounts": [{"destination": "/volume", "type": "bind", "source": place, "options": ["rbind"]}],
         "request": {"storages": [storage]},
     }
@@ -137,8 +139,6 @@ def test_wait_may_come_before_start(guest: AgentGuest) -> None:
     with guest.container(["/bin/sh", "-c", "exit 9"], start=False) as container:
 
         async def both() -> int:
-            import asyncio
-
             waiting = asyncio.create_task(guest.agent.call("WaitProcess", **container.ids()))
             await asyncio.sleep(0.05)
             assert not waiting.done()
