@@ -75,6 +75,19 @@ def _add_creating(add: Add) -> None:
             "--tmpfs", action="append", default=[], metavar="DST[:OPTIONS]", help="a directory in memory"
         )
         parser.add_argument("--hostname", default="", help="its host's name (default: its id)")
+        parser.add_argument(
+            "--network",
+            choices=("none", "passt"),
+            help="passt: this machine's network, without privileges (default: none, but for -p)",
+        )
+        parser.add_argument(
+            "-p",
+            "--publish",
+            action="append",
+            default=[],
+            metavar="PORT[:PORT][/udp]",
+            help="a port of this machine that leads into it",
+        )
         parser.add_argument("--entrypoint", metavar="PROGRAM", help="in place of the image's")
         parser.add_argument("--cap-add", action="append", default=[], metavar="CAP", help="a capability more; ALL")
         parser.add_argument("--cap-drop", action="append", default=[], metavar="CAP", help="a capability less; ALL")

@@ -44,6 +44,8 @@ SHIM_END_SECONDS: Final = 10.0  #: that a shim may take to clear away
 _NOT_FOUND = re.compile(r"not found in|executable file .* not found|exec\w*\b.*no such file or directory", re.I)
 _NOT_EXECUTABLE = re.compile(r"is not executable|exec\w*\b.*(permission denied|format error|is a directory)", re.I)
 
+_PUBLISHED = re.compile(r"(\d{1,5})(?::(\d{1,5}))?")
+
 
 def carry_out(action: Callable[[argparse.Namespace], int], options: argparse.Namespace) -> int:
     """Run a command of this module; its failures are statuses of their own."""
@@ -299,6 +301,29 @@ def _refuse_without_terminal(options: argparse.Namespace) -> None:
         refuse_without_terminal(options.tty, options.interactive)
 
 
+def _network(options: argparse.Namespace) -> dict[str, Any] | None:
+    """The sandbox's network, as plain data of a NetworkConfig."""
+    if options.network == "none" and options.publish:
+        raise UsageError("ports cannot be published without a network: leave --network none out, or -p")
+    if options.network != "passt" and not options.publish:
+        return None
+    if options.pod:
+        raise UsageError("a pod's network is its first container's: leave --network and -p out with --pod")
+    return {"backend": "passt", "forwards": [_forward(each) for each in options.publish]}
+
+
+def _forward(text: str) -> str:
+    ports, _, protocol = text.partition("/")
+    found = _PUBLISHED.fullmatch(ports)
+    if (
+        found is None
+        or protocol not in ("", "tcp", "udp")
+        or not all(0 < int(each) < 65536 for each in found.groups("1"))
+    ):
+        raise UsageError(f"-p {text!r} must look like 8080:80 or 5353:53/udp, with ports from 1 to 65535")
+    return f"{protocol or 'tcp'} {ports}"
+
+
 def _record(options: argparse.Namespace) -> ContainerRecord:
     """What a container is to be, by the command line."""
     request: dict[str, Any] = {"env": [_variable(each) for each in options.env]}
@@ -334,6 +359,8 @@ def _record(options: argparse.Namespace) -> ContainerRecord:
         image, *words = words
         request["image"] = _image(image)
     request["args"], request["wishes"] = words, wishes
+    if (network := _network(options)) is not None:
+        request["network"] = network
     sandbox, pod = _shared_sandbox(options.pod) if options.pod else ("", "")
     return ContainerRecord(
         id="",

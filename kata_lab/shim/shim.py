@@ -29,6 +29,7 @@ from kata_lab.shim.request import Prepared, exec_process, prepare, prepare_bundl
 from kata_lab.shim.stdio import StdioPaths
 from kata_lab.shim.task import ExecTask, Task, TaskProcess
 from kata_lab.ttrpc import RpcError, StatusCode
+from vmm.config import NetworkConfig
 
 LONGEST_DELAY: Final = 60.0  #: seconds before a container is started again; doubles from one
 STEADY_SECONDS: Final = 600.0  #: after running so long a container starts again without delay
@@ -111,17 +112,24 @@ class Shim:
                 prepared.append(found)
             self._mark("root file systems ready")
             hostname = records[0].pod or records[0].name if records else ""
-            await self._start_sandbox([each.spec for each in prepared], hostname)
+            network = next((each.request["network"] for each in records if each.request.get("network")), None)
+            await self._start_sandbox([each.spec for each in prepared], hostname, network)
             for record in records:
                 await self.create_recorded(record.id)
         except BaseException:
             await self.stop()
             raise
 
-    async def _start_sandbox(self, specs: Sequence[dict[str, Any]], hostname: str) -> None:
+    async def _start_sandbox(
+        self, specs: Sequence[dict[str, Any]], hostname: str, network: dict[str, Any] | None = None
+    ) -> None:
         size = size_for(specs)
         config = SandboxConfig(
-            id=self.id, vcpus=size.vcpus, memory_mib=size.memory_mib, hostname=_host_name(hostname or self.id)
+            id=self.id,
+            vcpus=size.vcpus,
+            memory_mib=size.memory_mib,
+            hostname=_host_name(hostname or self.id),
+            network=None if network is None else NetworkConfig(**network),
         )
         sandbox = self._make_sandbox(config)
         self._sandbox_began = time.monotonic()
