@@ -8,11 +8,13 @@ import json
 import os
 import pty
 import signal
+import socket
 import struct
 import subprocess
 import tempfile
 import termios
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -258,3 +260,32 @@ spec:
     assert (pod["phase"], [each["restarts"] for each in pod["containers"]]) == ("Running", [1, 0])
     assert said("pod", "delete", "-t", "0", "shop") == "pod/shop removed\n"
     assert left(runtime_directory) == []
+
+
+def test_published_port_leads_into_the_container(runtime_directory: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+    serve = "mkdir /tmp/w; echo from the guest > /tmp/w/index.html; exec httpd -f -v -p 80 -h /tmp/w"
+    said("run", "-d", "--name", "published", "-p", f"{port}:80", "busybox", "sh", "-c", serve)
+    try:
+        answer = _fetched(port)
+
+        assert answer == b"from the guest\n"
+        assert "nameserver" in said("exec", "published", "cat", "/etc/resolv.conf") or not _has_resolver()
+    finally:
+        said("rm", "-f", "published")
+
+
+def _fetched(port: int) -> bytes:
+    """What the server says, once it listens."""
+    while True:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=10) as answer:
+                return bytes(answer.read())
+        except OSError:
+            time.sleep(0.05)
+
+
+def _has_resolver() -> bool:
+    return "nameserver" in Path("/etc/resolv.conf").read_text()
