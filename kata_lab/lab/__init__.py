@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from kata_lab.lab.bits import draw_instruction
     from kata_lab.lab.boot_views import boot_timeline, exits_chart, milestone_table
     from kata_lab.lab.console_view import ConsoleView, transcript
+    from kata_lab.lab.container_views import agent_calls, call_diagram, call_table, layer_table, sandbox_timeline
     from kata_lab.lab.device_views import (
         access_table,
         exit_counts,
@@ -43,6 +44,7 @@ _HOMES = {
     "bits": ("draw_instruction",),
     "boot_views": ("boot_timeline", "exits_chart", "milestone_table"),
     "console_view": ("ConsoleView", "transcript"),
+    "container_views": ("agent_calls", "call_diagram", "call_table", "layer_table", "sandbox_timeline"),
     "device_views": (
         *("access_table", "exit_counts", "exits_per", "feature_table", "latency_chart", "request_table"),
         "slot_table",
@@ -76,7 +78,10 @@ __all__ = [
     "Workshop",
     "access_table",
     "address_table",
+    "agent_calls",
     "boot_timeline",
+    "call_diagram",
+    "call_table",
     "code_table",
     "difference_table",
     "draw_instruction",
@@ -90,10 +95,12 @@ __all__ = [
     "hex_table",
     "image_table",
     "latency_chart",
+    "layer_table",
     "milestone_table",
     "register_table",
     "request_table",
     "run_bare",
+    "sandbox_timeline",
     "seconds_to_services",
     "size_chart",
     "slot_table",
