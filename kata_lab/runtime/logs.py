@@ -24,6 +24,10 @@ from kata_lab.errors import KataLabError
 
 LONGEST_LINE: Final = 1 << 16  #: bytes of a line of the agent's log
 
+# A library says nothing unless somebody listens.
+for _name in ("kata_lab.runtime", "kata_lab.agent"):
+    logging.getLogger(_name).addHandler(logging.NullHandler())
+
 _PLAIN: Final = frozenset(vars(logging.LogRecord("", 0, "", 0, "", (), None))) | {"message", "asctime", "taskName"}
 
 
