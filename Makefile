@@ -68,7 +68,9 @@ demo: system-demo $(VENV)/.demo
 	$(BIN)/kata-lab doctor
 	step 'Booting a Debian kernel in a Python process (kata-lab boot); the first time it is fetched and the CPU compiled'
 	$(BIN)/kata-lab boot --trace --run 'uname -a' </dev/null
-	step 'Running a container in a sandbox of its own (kata-lab run --rm busybox uname -a); the first time both are built'
+	step 'Building the guest of sandboxes, unless that was done (kata-lab image build lifsea)'
+	$(BIN)/kata-lab image build lifsea
+	step 'Running a container in a sandbox of its own (kata-lab run --rm busybox uname -a)'
 	$(BIN)/kata-lab run --rm busybox uname -a </dev/null
 	step 'What such a start consists of (kata-lab run --detach, kata-lab timeline)'
 	container=$$($(BIN)/kata-lab run --detach busybox sleep 600 </dev/null)
