@@ -47,7 +47,7 @@ from kata_lab.progress import Progress, ProgressMode
 SERVICES_MARKER = "kata-lab: services are up"
 """The line that a guest prints once every service of its description has been started."""
 
-_FORMAT = 1
+_FORMAT = 2
 _SYSTEMD = "usr/lib/systemd/systemd"
 _DIRECTORIES = ("dev", "proc", "sys", "run", "etc", "var", "mnt", "usr/lib/kata-lab")
 _MADE_AT_BOOT = ("/dev/", "/proc/", "/sys/", "/run/")

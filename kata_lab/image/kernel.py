@@ -20,6 +20,7 @@ from pathlib import Path
 from kata_lab.errors import ImageError
 from kata_lab.image.boot import kernel_image
 from kata_lab.image.deb import DebPackage, PackagedFile
+from kata_lab.image.module_symbols import without_unused_labels
 from kata_lab.image.spool import Content, Spool, Spooled
 
 FINIT_MODULE = {"riscv64": 273, "amd64": 313}
@@ -121,7 +122,7 @@ class KernelPackage:
             for needed in depends:
                 visit(needed)
             plain = path.removesuffix(".xz").removesuffix(".gz")
-            kept = self._spool.add([_without_signature(content)])
+            kept = self._spool.add([without_unused_labels(_without_signature(content))])
             found[name] = Module(name, plain, kept, tuple(each for each in depends if each in found), tuple(aliases))
 
         for name in names:
