@@ -99,11 +99,21 @@ class RunFigures:
 
 @dataclass(frozen=True, slots=True)
 class _Timed:
-    """One thing that was timed in a sandbox: seconds, instructions retired, and CPU seconds of the hart's thread."""
+    """One thing that was timed in a sandbox.
+
+    Attributes:
+        seconds: that it took.
+        instructions: that the guest retired meanwhile.
+        ran: CPU seconds of the hart's thread.
+        asleep: seconds that the hart had nothing to do.
+        calls: to the agent that were answered meanwhile: method and seconds.
+    """
 
     seconds: float
     instructions: int
-    hart_seconds: float
+    ran: float
+    asleep: float
+    calls: tuple[tuple[str, float], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,12 +204,17 @@ def _figures(starts: list[_Start], insides: list[_Inside], rounds: int, told: di
 
 
 def _busy(timed: list[_Timed]) -> str:
-    """What the time went to, of the one hart's thread."""
-    seconds, ran = (sum(getattr(each, name) for each in timed) for name in ("seconds", "hart_seconds"))
+    """What the time went to, of the one hart's thread, and which calls to the agent it was."""
+    seconds, ran, asleep = (sum(getattr(each, name) for each in timed) for name in ("seconds", "ran", "asleep"))
     retired = sum(each.instructions for each in timed)
+    calls: dict[str, list[float]] = {}
+    for method, took in (call for each in timed for call in each.calls):
+        calls.setdefault(method, []).append(took)
+    told = ", ".join(f"{method} {Sample(tuple(took)).median * 1e3:.0f} ms" for method, took in calls.items())
     return (
-        f"the guest's hart was busy for {min(ran / seconds, 1):.0%} of the time and retired "
-        f"{retired / len(timed) / 1e6:.0f} million instructions for each, at {retired / ran / 1e6:.0f} million a second"
+        f"the guest's hart was busy for {min(ran / seconds, 1):.0%} of the time and asleep for {asleep / seconds:.0%}; "
+        f"it retired {retired / len(timed) / 1e6:.0f} million instructions for each, at {retired / ran / 1e6:.0f} "
+        f"million a second; {told}"
     )
 
 
@@ -319,9 +334,16 @@ async def _timed(
     before, began = sandbox.hypervisor.get_hypervisor_metrics(), time.monotonic()
     ended, clear = await action()
     after = sandbox.hypervisor.get_hypervisor_metrics()
+    calls = tuple((each.method, each.seconds) for each in sandbox.agent.calls if each.began >= began)
     await clear()
-    ran = sum(each.run_seconds for each in after.vcpus) - sum(each.run_seconds for each in before.vcpus)
-    return _Timed(ended - began, after.instructions - before.instructions, ran)
+    (earlier,), (later,) = before.vcpus, after.vcpus
+    return _Timed(
+        ended - began,
+        later.instructions - earlier.instructions,
+        later.run_seconds - earlier.run_seconds,
+        later.wait_seconds - earlier.wait_seconds,
+        calls,
+    )
 
 
 async def _new(sandbox: Sandbox) -> tuple[float, Callable[[], Awaitable[Any]]]:
