@@ -10,6 +10,7 @@ sandbox's images are known before.
 from __future__ import annotations
 
 import hashlib
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -121,8 +122,9 @@ class BlockRoot:
 
 def _overlaid(container_id: str, lower: Sequence[str], options: Sequence[str], shares: tuple[str, ...]) -> Attached:
     """Directories of the guest, the lowest first, under what the container writes to the sandbox's disk."""
-    place, own = f"{CONTAINERS}/{container_id}/rootfs", f"{SCRATCH}/{container_id}"
-    directories = [f"lowerdir={':'.join(reversed(lower))}", f"upperdir={own}/upper", f"workdir={own}/work"]
+    # What a container of the same name wrote before is not seen again.
+    place, own = f"{CONTAINERS}/{container_id}/rootfs", f"{SCRATCH}/{container_id}.{secrets.token_hex(4)}"
+    directories = [f"lowerdir={':'.join(reversed(lower))}", f"upperdir={own}-upper", f"workdir={own}-work"]
     overlay = {
         "driver": "overlayfs",
         "source": "overlay",
