@@ -265,7 +265,9 @@ class NetworkConfig(DeviceConfig):
         for each in self.forwards:
             match = _FORWARD.fullmatch(each) if isinstance(each, str) else None
             if match is None or not all(0 < int(port) < 65536 for port in match.groups()[1:] if port is not None):
-                raise ConfigError(f"net forward {each!r} must look like 'tcp 8080:80', a protocol and one or two ports")
+                raise ConfigError(
+                    f"net forward {each!r} must look like 'tcp 8080:80', a protocol and one or two ports of 1 to 65535"
+                )
         if self.forwards and self.backend != "passt":
             raise ConfigError(f"net forwards need the backend 'passt', not {self.backend!r}")
         _require_int("net queues", self.queues, 1, 8)

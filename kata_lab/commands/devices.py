@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from kata_lab.commands import UsageError
-from vmm.config import DEVICE_CONFIGS, DeviceConfig, PortsConfig, device_from_dict
+from vmm.config import DEVICE_CONFIGS, DeviceConfig, FsConfig, PortsConfig, device_from_dict
 
 _COMMA = re.compile(r"(?<!,),(?!,)")
 _SWITCH = {"on": True, "true": True, "yes": True, "off": False, "false": False, "no": False}
@@ -69,9 +69,15 @@ def parse_devices(options: Sequence[tuple[str, str]]) -> tuple[DeviceConfig, ...
     """
     devices: list[DeviceConfig] = []
     ports: dict[str, str] = {}
+    tags: list[str] = []
     for option, text in options:
         if option != "port":
-            devices.append(_parse(option, text))
+            device = _parse(option, text)
+            if isinstance(device, FsConfig):
+                if device.tag in tags:
+                    raise _refusal(option, text, f"there is a tag {device.tag!r} already: each must have its own")
+                tags.append(device.tag)
+            devices.append(device)
             continue
         name, equals, socket = text.partition("=")
         if not (name and equals and socket):
@@ -140,8 +146,12 @@ def _value(option: str, text: str, each: dataclasses.Field[Any] | None, name: st
 def _check_paths(option: str, text: str, kind: str, values: Mapping[str, Any]) -> None:
     path = values.get("path")
     if path is None:
+        if kind == "fs":
+            raise _refusal(option, text, "it must have the path of a directory")
         return
-    if kind == "blk" and (not Path(path).exists() or Path(path).is_dir()):
+    if kind == "blk" and Path(path).is_dir():
+        raise _refusal(option, text, f"{path!r} is a directory")
+    if kind == "blk" and not Path(path).exists():
         raise _refusal(option, text, f"there is no file {path!r}")
     if kind == "fs" and not Path(path).is_dir():
         raise _refusal(option, text, f"there is no directory {path!r}")

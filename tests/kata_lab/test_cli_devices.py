@@ -73,10 +73,11 @@ def test_ports_are_one_device_and_others_keep_their_order(place: Path) -> None:
     [
         ("disk", "", "must begin with a path"),
         ("disk", "absent.img", "there is no file 'absent.img'"),
-        ("disk", "work", "there is no file 'work'"),
+        ("disk", "work", "'work' is a directory"),
         ("disk", "disk.img,rw", "'rw' is no flag of it, it knows ro and overlay"),
         ("share", "work", "must begin with a tag and a directory"),
         ("share", "docs=absent", "there is no directory 'absent'"),
+        ("device", "fs,tag=docs", "it must have the path of a directory"),
         ("port", "agent", "a name and the path of a socket"),
         ("device", "floppy", "must begin with a kind, one of blk,"),
         ("device", "blk,path=disk.img,read_only=maybe", "read_only is 'maybe', it must be on or off"),
@@ -93,6 +94,11 @@ def test_words_that_make_no_device_are_refused_with_an_example(
 def test_a_port_of_the_same_name_is_refused() -> None:
     with pytest.raises(UsageError, match="there is a port 'a' already"):
         parse_devices([("port", "a=1.sock"), ("port", "a=2.sock")])
+
+
+def test_a_share_of_the_same_tag_is_refused(place: Path) -> None:
+    with pytest.raises(UsageError, match="there is a tag 'docs' already"):
+        parse_devices([("share", f"docs={place}"), ("device", f"fs,tag=docs,path={place}")])
 
 
 def test_a_field_that_a_device_does_not_have_is_refused(place: Path) -> None:

@@ -637,7 +637,8 @@ def _listen(path: Path, name: str) -> socket.socket:
     except OSError as error:
         listener.close()
         raise ConfigError(
-            f"the socket {str(path)!r} of console port {name!r} cannot be made: {error}; choose another path"
+            f"the socket {str(path)!r} of console port {name!r} cannot be made: {error.strerror or error};"
+            " choose another path"
         ) from error
     except ConfigError:
         listener.close()
