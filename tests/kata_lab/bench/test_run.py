@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import tempfile
+from collections.abc import Iterator
 
 import pytest
 
@@ -11,6 +13,7 @@ from kata_lab.bench.command import run_table
 from kata_lab.bench.run import PARTS, RunFigures
 from kata_lab.cli import main
 from kata_lab.runtime.state import list_sandboxes
+from kata_lab.shim.records import list_containers
 
 FIELDS = {
     *("start_s", "start_spread", "parts", "container_s", "container_spread", "container_instructions"),
@@ -46,10 +49,16 @@ def figures(**changes: float) -> RunFigures:
     )
 
 
-@pytest.mark.usefixtures("boot_guest")
-def test_bench_run_prints_what_it_measured_and_leaves_nothing(capsys: pytest.CaptureFixture[str]) -> None:
-    before = {each.id for each in list_sandboxes()}
+@pytest.fixture
+def own_state(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No other sandboxes than the test's; the path is short, since sockets are in it."""
+    with tempfile.TemporaryDirectory(prefix="kata-lab-") as directory:
+        monkeypatch.setenv("XDG_RUNTIME_DIR", directory)
+        yield
 
+
+@pytest.mark.usefixtures("boot_guest", "own_state")
+def test_bench_run_prints_what_it_measured_and_leaves_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "run", "--json", "--runs", "1", "--rounds", "1"]) == 0
 
     told = json.loads(capsys.readouterr().out)
@@ -60,7 +69,8 @@ def test_bench_run_prints_what_it_measured_and_leaves_nothing(capsys: pytest.Cap
     assert told["exec_instructions"] < told["container_instructions"]
     assert told["agent_bytes"] > 1 << 20
     assert {"python", "numba", "llvmlite", "guest kernel", "host"} == set(told["versions"])
-    assert {each.id for each in list_sandboxes()} <= before
+    assert list_sandboxes() == []
+    assert list_containers() == []
 
 
 def test_a_table_tells_the_parts_and_what_misses_its_goal() -> None:
