@@ -2,11 +2,9 @@
 
 import asyncio
 
-import linux
 import streams
 from rpc import serve
 from sandbox import Sandbox
-from streams import Listener
 
 RPC_PORT, LOG_PORT = 1024, 1025
 
@@ -28,7 +26,7 @@ async def serve_log(sandbox):
         except OSError:
             connection.close()
 
-    listener = Listener(linux.listen_vsock(LOG_PORT))
+    listener = await streams.listen_vsock(LOG_PORT)
     while True:
         asyncio.create_task(tell(await listener.accept()))
 

@@ -3,7 +3,7 @@
 import asyncio
 
 import linux
-from streams import Listener, Stream
+from streams import Stream, listen_vsock
 
 PORT = 1026
 _SHELL = ["/bin/sh", "-i"]
@@ -23,7 +23,7 @@ async def _carry(source, target):
 
 
 async def serve(sandbox):
-    listener = Listener(linux.listen_vsock(PORT))
+    listener = await listen_vsock(PORT)
     while True:
         connection = await listener.accept()
         ours, theirs = linux.open_terminal()

@@ -5,6 +5,7 @@ somebody waited. This one, which takes its place, lets any number wait, wakes th
 a task that is cancelled.
 """
 
+import asyncio
 import select
 from asyncio import core
 
@@ -149,6 +150,17 @@ class Listener(Stream):
             await self.readable()
             if self.closed:
                 raise OSError(linux.EPIPE, "a listener that was closed")
+
+
+async def listen_vsock(port):
+    """A listener on a vsock port of this guest, once the guest has vsock: its driver comes with the device."""
+    while True:
+        try:
+            return Listener(linux.listen_vsock(port))
+        except OSError as error:
+            if error.args[0] != linux.EAFNOSUPPORT:
+                raise
+        await asyncio.sleep(1)
 
 
 class FileWatch:
