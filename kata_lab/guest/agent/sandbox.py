@@ -15,7 +15,7 @@ import linux
 import storage
 from children import Children
 from containers import Container, check_name
-from crun import Crun
+from crun import ENVIRONMENT, Crun
 from rpc import ALREADY_EXISTS, FAILED_PRECONDITION, INVALID_ARGUMENT, NOT_FOUND, RpcError
 from streams import FileWatch
 
@@ -223,6 +223,10 @@ class Sandbox:
         self._unwatch(container)
         await container.remove(self._storages.undo)
         self.containers.pop(container.id, None)
+        left, self._storages.left = self._storages.left, []
+        if left:
+            # Nobody waits for it: the names are not used again.
+            self.children.spawn(["/usr/bin/rm", "-rf"] + left, ENVIRONMENT)
 
     async def _remove(self, container):
         container.removing = True

@@ -81,6 +81,8 @@ class Storages:
 
     def __init__(self):
         self._users = {}
+        self._written = {}  # place → directories of what was written there
+        self.left = []  # directories that nobody needs any more
 
     def mount_all(self, storages):
         """Mount all, or none; the places, the first one first."""
@@ -90,6 +92,8 @@ class Storages:
                 place = storage["mount_point"]
                 if place not in self._users:
                     _mount(storage)
+                    parts = [each.partition("=") for each in storage["options"]]
+                    self._written[place] = [each[2] for each in parts if each[0] in ("upperdir", "workdir")]
                 self._users[place] = self._users.get(place, 0) + 1
                 places.append(place)
         except BaseException:
@@ -110,6 +114,7 @@ class Storages:
             except OSError:
                 pass  # a mount below a place that was unmounted is gone with it
             _remove_directory(place)
+            self.left += self._written.pop(place, [])
 
 
 def remount(storage):
