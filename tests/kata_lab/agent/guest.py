@@ -138,13 +138,14 @@ class InGuest:
     def create(self, config: dict[str, Any], **request: Any) -> None:
         """Have it created with the busybox root: a layer of its own above the shared one."""
         place = f"/run/kata-containers/{self.id}/rootfs"
+        written = f"{SCRATCH}/{self._guest.name()}"
         layers = {
             "driver": "overlayfs",
             "mount_point": place,
             "options": [
                 f"lowerdir={SHARED}/busybox",
-                f"upperdir={SCRATCH}/{self.id}/upper",
-                f"workdir={SCRATCH}/{self.id}/work",
+                f"upperdir={written}/upper",
+                f"workdir={written}/work",
             ],
         }
         spec = agent_spec(config)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 
-from kata_lab.image.guest_files import AGENT_DIRECTORY, agent_files
+import kata_lab
 from kata_lab.oci.agent_message import agent_process, agent_resources, agent_spec
 from kata_lab.protocol import proto, wire
 
@@ -84,7 +85,7 @@ FULL: dict[str, Any] = {
 @pytest.fixture(scope="module")
 def bundle() -> ModuleType:
     """The guest's module, which needs nothing of MicroPython."""
-    source = agent_files()[f"{AGENT_DIRECTORY}/bundle.py"]
+    source = (Path(kata_lab.__file__).parent / "guest" / "agent" / "bundle.py").read_text()
     module = ModuleType("bundle")
     exec(compile(source, "bundle.py", "exec"), module.__dict__)
     return module

@@ -232,12 +232,12 @@ def test_what_is_asked_for_wrongly_is_refused_with_its_code(guest: AgentGuest) -
         assert guest.refused("CreateSandbox", sandbox_id="s2").code is StatusCode.ALREADY_EXISTS
 
 
-def test_what_a_container_is_removed_with_keeps_its_files(guest: AgentGuest) -> None:
+def test_removing_a_container_takes_what_it_wrote_and_nothing_below(guest: AgentGuest) -> None:
     container = InGuest(guest, guest.name())
-    for script, said in (("echo mine > /file", ""), ("cat /file; ls /bin/busybox", "mine\n/bin/busybox\n")):
+    for script, said in (("echo mine > /file", ""), ("ls /file /bin/busybox 2>/dev/null", "/bin/busybox\n")):
         container.create(configuration(["/bin/sh", "-c", script]))
         guest.call("StartContainer", container_id=container.id)
-        assert container.finish() == (0, said)
+        assert container.finish()[1] == said
         guest.call("RemoveContainer", container_id=container.id)
 
 
