@@ -12,7 +12,7 @@ from kata_lab.agent.client import AgentClient
 from kata_lab.runtime.errors import RuntimeFault, first_error
 from kata_lab.ttrpc import RpcError, StatusCode
 
-CHUNK: Final = 1 << 16  #: bytes asked for at once
+CHUNK: Final = 1 << 17  #: bytes asked for at once
 
 
 class OutputStream:
