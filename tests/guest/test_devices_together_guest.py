@@ -243,7 +243,9 @@ class Everything:
                 client.sendall(data)
                 received = b""
                 while len(received) < len(data):
-                    received += client.recv(4096)
+                    part = client.recv(4096)
+                    assert part, "the port has hung up"
+                    received += part
                 assert received == data
                 self.said += 1
                 if self._stop.is_set():
