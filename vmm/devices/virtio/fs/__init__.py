@@ -1,4 +1,4 @@
-"""The file system device: a host directory in the guest, served by FUSE inside the VMM.
+"""The file system device: host directories in the guest, served by FUSE inside the VMM.
 
 From the wire inwards: ``protocol`` declares what travels, ``device`` takes requests from the queues and gives answers
 back, ``server`` begins and ends sessions and finds the operation, ``names``, ``attributes``, ``files`` and
