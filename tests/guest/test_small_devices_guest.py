@@ -179,7 +179,7 @@ def test_a_port_works_with_one_hart_that_waits_for_a_reader(toolbox: Boot) -> No
 
 def test_an_inflated_balloon_lowers_memory_of_host_and_guest(toolbox: Boot) -> None:
     config = BalloonConfig(free_page_reporting=False)
-    with toolbox(devices=[config], memory_mib=448) as (vm, shell):
+    with toolbox(devices=[config], memory_mib=320) as (vm, shell):
         device = vm.machine.device("balloon0")
         assert isinstance(device, BalloonDevice)
         fill(shell)
@@ -197,7 +197,8 @@ def test_an_inflated_balloon_lowers_memory_of_host_and_guest(toolbox: Boot) -> N
         fill(shell)
         total = int(shell.run("grep MemTotal: /proc/meminfo").output.split()[1]) * 1024
 
-        assert 160 - SLACK < pss_before - pss_inflated < 160 + SLACK
+        # The balloon takes pages as well that the guest never touched, so that the host never gave them.
+        assert 160 - 2 * SLACK < pss_before - pss_inflated < 160 + SLACK
         assert 160 - SLACK < free_before - free_inflated < 160 + SLACK
         assert abs(free_after - free_before) < SLACK
         assert device.inflated_bytes == 160 * MIB
