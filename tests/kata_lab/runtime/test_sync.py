@@ -13,8 +13,10 @@ from kata_lab.runtime import ContainerState, RuntimeFault
 from kata_lab.runtime.sync import THREAD, Sandbox
 
 SCRIPT = """
-import os, sys, threading
+import os, signal, sys, threading
 from kata_lab.runtime.sync import Sandbox
+# Also where the test itself was started with Ctrl-C ignored, as in the background.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 held = len(os.listdir("/proc/self/fd"))
 sandbox = Sandbox.create(id="interrupted", memory_mib=128)
 try:
