@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -130,7 +131,9 @@ def test_a_workshop_replaces_no_image_of_the_learner(lifsea: Image, workshop: Wo
 
 
 def test_a_mistake_is_told_with_its_place(lifsea: Image, workshop: Workshop) -> None:
-    with pytest.raises(ImageError, match=r"this description: \$\.services\[2\]"):
+    place = f"$.services[{len(lifsea.manifest['description']['services'])}]"
+
+    with pytest.raises(ImageError, match=re.escape(f"this description: {place}")):
         workshop.build(solution(lifsea, restart="sometimes"))
 
 
