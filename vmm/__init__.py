@@ -45,9 +45,10 @@ if TYPE_CHECKING:
         StateError,
         VmmError,
     )
+    from vmm.machine import Machine
     from vmm.memory import GuestMemory
     from vmm.metrics import VmMetrics
-    from vmm.microvm import Machine, MicroVm, VmTimeout
+    from vmm.microvm import MicroVm, VmTimeout
     from vmm.report import CrashReport
     from vmm.trace import Trace
     from vmm.vcpu import Vcpu
@@ -67,7 +68,8 @@ _HOMES = {
     ),
     "vmm.memory": ("GuestMemory",),
     "vmm.metrics": ("VmMetrics",),
-    "vmm.microvm": ("Machine", "MicroVm", "VmTimeout"),
+    "vmm.machine": ("Machine",),
+    "vmm.microvm": ("MicroVm", "VmTimeout"),
     "vmm.report": ("CrashReport",),
     "vmm.trace": ("Trace",),
     "vmm.vcpu": ("Vcpu",),

@@ -41,8 +41,8 @@ class HandDriver:
     def __init__(self, device: VirtioDevice) -> None:
         from vmm.devices.virtio.mmio import VirtioMmio
         from vmm.irq import IrqLine
+        from vmm.loop_thread import LoopThread
         from vmm.memory import GuestMemory
-        from vmm.microvm import LoopThread
 
         self.interrupts = 0
         self.crashes: list[BaseException] = []
