@@ -65,6 +65,8 @@ class EscapeKey:
 class RawTerminal:
     """A terminal in raw mode, as a context manager; the mode that it had comes back whatever happens.
 
+    What was typed before is kept, to be read next.
+
     Args:
         descriptor: of the terminal.
     """
@@ -79,7 +81,7 @@ class RawTerminal:
 
         self._saved = termios.tcgetattr(self._descriptor)
         try:
-            tty.setraw(self._descriptor)
+            tty.setraw(self._descriptor, termios.TCSANOW)
         except BaseException:
             self._restore()
             raise

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import json
 import os
-import pty
 import signal
 import socket
-import struct
-import subprocess
 import tempfile
-import termios
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -22,7 +17,7 @@ from typing import Any
 import pytest
 
 from kata_lab.shim.client import ShimClient
-from tests.kata_lab.cli_process import COMMAND, environment, kata_lab
+from tests.kata_lab.cli_process import COMMAND, SECONDS, OnTerminal, kata_lab
 
 WEB = "kata-lab-test-web"
 
@@ -63,7 +58,9 @@ def inspected(name: str) -> dict[str, Any]:
 
 
 def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + SECONDS
     while not condition():
+        assert time.monotonic() < deadline, f"it has not come to be within {SECONDS:g} s"
         time.sleep(0.05)
 
 
@@ -139,47 +136,33 @@ def test_fifty_execs_at_once(web: str) -> None:
     assert asyncio.run(all_of_them()) == [(b"%d\n" % number, number) for number in range(50)]
 
 
-def test_terminal_follows_the_size_of_the_window(web: str) -> None:
-    ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 33, 77, 0, 0))
-    process = subprocess.Popen(
-        [*COMMAND, "exec", "-it", web, "sh"],
-        stdin=theirs,
-        stdout=theirs,
-        stderr=theirs,
-        env=environment(),
-        start_new_session=True,
-    )
-    seen = b""
-
-    def see(text: bytes) -> None:
-        nonlocal seen
-        while text not in seen:
-            seen += os.read(ours, 4096)
-        seen = seen.partition(text)[2]
-
+@pytest.fixture
+def aside(web: str) -> Iterator[str]:
+    """A container in the sandbox of ``web``, so that what a test leaves running there goes with it."""
+    said("run", "-d", "--name", "aside", "--pod", web, "busybox", "sleep", "9999")
     try:
-        # What is typed before the terminal is raw is thrown away.
-        see(b"# ")
-        os.write(ours, b"stty size; tty\r")
-        see(b"33 77")
-        see(b"/dev/pts/")
-        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 20, 40, 0, 0))
-        process.send_signal(signal.SIGWINCH)
-        os.write(ours, b"until stty size | grep 20; do sleep 0.1; done\r")
-        see(b"20 40")
-        # Ctrl-C goes to what runs in the guest.
-        os.write(ours, b"sleep 999\r")
-        see(b"sleep 999")
-        os.write(ours, b"\x03")
-        see(b"# ")
-        os.write(ours, b"exit 5\r")
-        assert process.wait(60) == 5
+        yield "aside"
     finally:
-        process.kill()
-        process.wait()
-        os.close(ours)
-        os.close(theirs)
+        said("rm", "-f", "aside")
+
+
+def test_terminal_follows_the_size_of_the_window(aside: str) -> None:
+    with OnTerminal([*COMMAND, "exec", "-it", aside, "sh"], rows=33, columns=77) as terminal:
+        # Typed long before anybody reads it.
+        terminal.type(b"stty size; tty\r")
+        terminal.see(b"33 77")
+        terminal.see(b"/dev/pts/")
+        terminal.resize(20, 40)
+        terminal.type(b"until stty size | grep 20; do sleep 0.1; done\r")
+        terminal.see(b"20 40")
+        # Ctrl-C goes to what runs in the guest: to sleep, once the shell has let it have the terminal.
+        terminal.type(b"sh -c 'echo sum $((40 + 2)); exec sleep 9999'\r")
+        terminal.see(b"sum 42")
+        terminal.type(b"\x03")
+        terminal.see(b"# ")
+        terminal.type(b"exit 5\r")
+
+        assert terminal.status() == 5
 
 
 def test_container_joins_with_a_root_that_cannot_be_written_and_a_limit(web: str) -> None:
@@ -279,11 +262,13 @@ def test_published_port_leads_into_the_container(runtime_directory: Path) -> Non
 
 def _fetched(port: int) -> bytes:
     """What the server says, once it listens."""
+    deadline = time.monotonic() + SECONDS
     while True:
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/", timeout=10) as answer:
                 return bytes(answer.read())
         except OSError:
+            assert time.monotonic() < deadline, f"nobody answered at port {port} within {SECONDS:g} s"
             time.sleep(0.05)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -143,10 +145,16 @@ def test_processes_at_once_import_and_prune_without_harm(tmp_path: Path) -> None
         "    with open_image(sys.argv[2]) as image: assert image.read('bin/tool') == b'tool'\n"
     )
 
-    running = [_start(code, reference, f"box{number}") for number, reference in enumerate(references)]
+    with contextlib.ExitStack() as stack:
+        running = [
+            stack.enter_context(_start(code, reference, f"box{number}")) for number, reference in enumerate(references)
+        ]
+        told = [each.communicate()[1].splitlines() for each in running]
 
-    for each in running:
-        assert each.communicate()[1] == ""
+    assert [each.returncode for each in running] == [0, 0, 0]
+    # Whoever has to wait for another one says so.
+    waiting = re.compile(r"Waiting for .*, which writes to the cache.*")
+    assert [line for lines in told for line in lines if not waiting.fullmatch(line)] == []
     assert [each.name for each in list_images()] == ["box0:latest", "box1:latest", "box2:latest"]
 
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-import pty
 import signal
-import struct
 import subprocess
 import termios
 import time
@@ -17,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from tests.kata_lab.cli_process import environment
+from tests.kata_lab.cli_process import OnTerminal, environment
 from tests.kata_lab.shim.cli import COMMAND, cli, said
 
 
@@ -289,41 +286,24 @@ def test_containers_share_a_sandbox(root: Path, state: Path) -> None:
 
 
 def test_terminal_is_raw_has_this_terminals_size_and_can_be_left(root: Path, state: Path) -> None:
-    ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 33, 77, 0, 0))
-    before = termios.tcgetattr(theirs)
-    script = "trap 'stty size; echo changed' WINCH; echo ready; while read line; do stty size; echo \"<$line>\"; done"
-    process = subprocess.Popen(
-        [*COMMAND, "run", "-it", "--name", "tty", "--rootfs", str(root), "bash", "-c", script],
-        stdin=theirs,
-        stdout=theirs,
-        stderr=theirs,
-        env=environment(),
-        preexec_fn=os.setsid,
+    script = (
+        'echo ready; read line; stty size; echo "<$line>"; '
+        "until [ \"$(stty size)\" = '20 40' ]; do sleep 0.05; done; echo changed; sleep 60"
     )
-    seen = b""
+    command = [*COMMAND, "run", "-it", "--name", "tty", "--rootfs", str(root), "bash", "-c", script]
+    with OnTerminal(command, rows=33, columns=77) as terminal:
+        before = termios.tcgetattr(terminal.device)
+        # Long before the terminal is raw.
+        terminal.type(b"early\r")
+        terminal.see(b"ready")
+        terminal.see(b"33 77\r\n<early>")
+        terminal.resize(20, 40)
+        terminal.see(b"changed")
+        terminal.type(b"\x10\x11")
 
-    def until(text: bytes) -> None:
-        nonlocal seen
-        while text not in seen:
-            seen += os.read(ours, 4096)
-        seen = seen.partition(text)[2]
-
-    until(b"ready")
-    os.write(ours, b"hello\r")
-    until(b"33 77\r\n<hello>")
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 20, 40, 0, 0))
-    process.send_signal(signal.SIGWINCH)
-    time.sleep(0.2)
-    os.write(ours, b"again\r")
-    until(b"20 40")
-    until(b"<again>")
-    os.write(ours, b"\x10\x11")
-    assert process.wait(30) == 0
-    assert termios.tcgetattr(theirs) == before
+        assert terminal.status() == 0
+        assert termios.tcgetattr(terminal.device) == before
     assert ps()[0]["state"] == "running"
-    os.close(ours)
-    os.close(theirs)
 
 
 def test_pod_that_is_not_understood_is_refused_with_its_path(home: Path, state: Path) -> None:
