@@ -82,6 +82,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--ready", type=int, metavar="FD", help="where to say that it serves")
     parser.add_argument("--stay", action="store_true", help="do not end with the last container")
     options = parser.parse_args(arguments)
+    if options.ready is not None:
+        # Whatever else the starter's starter had open, such as the pipe of a job that waits for its end.
+        os.closerange(options.ready + 1, os.sysconf("SC_OPEN_MAX"))
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_JsonLines(options.id))
     logging.basicConfig(level=logging.INFO, handlers=[handler])

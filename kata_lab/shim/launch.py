@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from typing import Final
 
@@ -13,6 +14,7 @@ from kata_lab.errors import KataLabError
 from kata_lab.shim.records import ShimDirectory
 
 PROGRAM: tuple[str, ...] = ("-m", "kata_lab.shim")
+END_SECONDS: Final = 5.0  #: that a shim may take to undo what it began
 _READY: Final = 3
 
 
@@ -101,6 +103,16 @@ class StartingShim:
     def __exit__(self, *ended: object) -> None:
         os.close(self._reader)
         if not self._ready and self._pid:
-            os.kill(self._pid, signal.SIGTERM)
-            os.waitpid(self._pid, 0)
+            self._end()
             self._directory.remove()
+
+    def _end(self) -> None:
+        """Ask it to end; one that is in the middle of something long, such as a build, is killed."""
+        os.kill(self._pid, signal.SIGTERM)
+        deadline = time.monotonic() + END_SECONDS
+        while not os.waitpid(self._pid, os.WNOHANG)[0]:
+            if time.monotonic() > deadline:
+                os.kill(self._pid, signal.SIGKILL)
+                os.waitpid(self._pid, 0)
+                return
+            time.sleep(0.01)

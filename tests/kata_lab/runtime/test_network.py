@@ -49,16 +49,18 @@ def test_container_reaches_the_host_through_the_gateway(online: Guest) -> None:
                         return
                     connection.sendall(b"HTTP/1.0 200 OK\r\nContent-Length: 4\r\n\r\ngot\n")
 
-        thread = threading.Thread(target=answer)
+        thread = threading.Thread(target=answer, daemon=True)
         thread.start()
-        number = server.getsockname()[1]
-        address = "http://$(ip route | sed -n 's/^default via \\([^ ]*\\).*/\\1/p')"
-        said = online.shell(
-            f"for i in $(seq {ATTEMPTS}); do timeout 4 wget -q -O - {address}:{number}/ && exit; done; exit 1"
-        )
-        with socket.create_connection(server.getsockname()) as last:
-            last.sendall(b"end")
-        thread.join(10)
+        try:
+            number = server.getsockname()[1]
+            address = "http://$(ip route | sed -n 's/^default via \\([^ ]*\\).*/\\1/p')"
+            said = online.shell(
+                f"for i in $(seq {ATTEMPTS}); do timeout 4 wget -q -O - {address}:{number}/ && exit; done; exit 1"
+            )
+        finally:
+            with socket.create_connection(server.getsockname()) as last:
+                last.sendall(b"end")
+            thread.join(10)
 
     assert said == "got\n"
 

@@ -91,7 +91,7 @@ class FakeProcess:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.child.pid, signal.SIGKILL)
         await self.child.wait()
-        self.child._transport.close()  # type: ignore[attr-defined]
+        self.child._transport.close()
         # A thread that reads the terminal has seen its end by now.
         if self.terminal is not None:
             os.close(self.terminal)
@@ -192,7 +192,7 @@ class FakeSandbox:
             self.containers.pop(container_id, None)
 
         self.agent.processes[container_id] = FakeProcess(spec["process"])
-        container = Container(self.agent, container_id, spec, release)  # type: ignore[arg-type]
+        container = Container(self.agent, container_id, spec, release)
         self.containers[container_id] = container
         return container
 
@@ -217,10 +217,10 @@ def main() -> int:
     from kata_lab.shim import __main__ as process
 
     def make(sandbox_id: str, stay: bool = False) -> real.Shim:
-        return real.Shim(sandbox_id, FakeSandbox, stay)  # type: ignore[arg-type]
+        return real.Shim(sandbox_id, FakeSandbox, stay)
 
     serve = process.serve
-    process.serve = lambda *arguments: serve(*arguments, make_shim=make)  # type: ignore[assignment]
+    process.serve = lambda *arguments: serve(*arguments, make_shim=make)
     return process.main()
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -45,7 +44,7 @@ class Serving:
             self.sandboxes.append(FakeSandbox(config))
             return self.sandboxes[-1]
 
-        self.shim = Shim(sandbox_id, sandbox, stay)  # type: ignore[arg-type]
+        self.shim = Shim(sandbox_id, sandbox, stay)
         return self.shim
 
     @contextlib.asynccontextmanager
@@ -58,25 +57,31 @@ class Serving:
 async def serving(sandbox_id: str, *containers: ContainerDirectory, stay: bool = False) -> AsyncIterator[Serving]:
     """A shim with these containers; it is told to end if it has not."""
     serves = Serving(sandbox_id)
-    reader, writer = os.pipe()
+    ready = _Told()
+    task = asyncio.create_task(serve(sandbox_id, [each.id for each in containers], ready, stay, serves.make))
+    told = asyncio.create_task(ready.event.wait())
     try:
-        ids = [each.id for each in containers]
-        task = asyncio.create_task(serve(sandbox_id, ids, Readiness(writer), stay, serves.make))
-        ready = asyncio.create_task(asyncio.to_thread(os.read, reader, 65536))
-        await asyncio.wait((task, ready), return_when=asyncio.FIRST_COMPLETED)
-        if not ready.done():
-            os.close(writer)
-        await ready
+        await asyncio.wait((task, told), return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             await task
-        try:
-            yield serves
-        finally:
-            assert serves.shim is not None
-            serves.shim.over.set()
-            await task
+        yield serves
     finally:
-        os.close(reader)
+        told.cancel()
+        if serves.shim is not None:
+            serves.shim.over.set()
+        await task
+
+
+class _Told(Readiness):
+    """Readiness as an event of the test's own loop."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+        self.event = asyncio.Event()
+
+    def tell(self, error: str = "") -> bool:
+        self.event.set()
+        return True
 
 
 async def output_of(stream: ClientStream) -> tuple[int, bytes, bytes]:
