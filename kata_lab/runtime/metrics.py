@@ -7,7 +7,9 @@ the agent tells them. ``kata_lab_*`` are our own. What is the shim's process's a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import asyncio
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, Final
 
@@ -18,32 +20,38 @@ from kata_lab.runtime.config import SandboxState
 if TYPE_CHECKING:
     from kata_lab.runtime.sandbox import Sandbox
 
-AGENT_SECONDS: Final = 2.0  #: that the agent may take to tell its own
+AGENT_SECONDS: Final = 2.0  #: that the agent may take to tell what it knows
 CALLS: Final = "kata_shim_agent_rpc_durations_histogram_milliseconds"
 
 
-async def sandbox_metrics(sandbox: Sandbox) -> str:
-    """All metrics of a sandbox and its containers; of one that has stopped, only that it has."""
+async def sandbox_metrics(sandbox: Sandbox, timeline: Sequence[tuple[str, float]] | None = None) -> str:
+    """All metrics of a sandbox and its containers; of one that has stopped, only that it has.
+
+    Args:
+        sandbox: the sandbox.
+        timeline: milestones of its start, in seconds; if None, :attr:`Sandbox.timeline`.
+    """
     states = {f'state="{each}"': float(each is sandbox.state) for each in SandboxState}
     lines = [*metric("kata_lab_sandbox_state", "gauge", "1 for the state that the sandbox is in.", states)]
-    marks = {f'milestone="{escaped(name)}"': at for name, at in sandbox.timeline}
-    lines += metric("kata_lab_start_seconds", "gauge", "From the start's beginning to a milestone.", marks)
+    steps = sandbox.timeline if timeline is None else timeline
+    marks = {f'milestone="{_escaped(name)}"': at for name, at in steps}
+    lines += metric("kata_lab_start_seconds", "gauge", "From the beginning to a milestone.", marks)
     if sandbox.state is not SandboxState.RUNNING:
         return _text(lines)
     lines += _machine(sandbox)
-    lines += agent_calls(sandbox.agent)
+    lines += _agent_calls(sandbox.agent)
     if sandbox.paused:
         return _text(lines)
-    try:
-        lines += await _containers(sandbox)
-        told = str((await sandbox.agent.call("GetMetrics", AGENT_SECONDS))["metrics"])
-    except KataLabError:
-        # An agent that is too busy, or has just ended.
-        told = ""
+    told = ""
+    # An agent that is too busy, or has just ended.
+    with contextlib.suppress(KataLabError, TimeoutError):
+        async with asyncio.timeout(AGENT_SECONDS):
+            lines += await _containers(sandbox)
+            told = str((await sandbox.agent.call("GetMetrics"))["metrics"])
     return _text(lines) + told
 
 
-def agent_calls(agent: AgentClient) -> Iterator[str]:
+def _agent_calls(agent: AgentClient) -> Iterator[str]:
     """How long the calls to the agent took since it was connected."""
     yield f"# HELP {CALLS} How long calls to the agent took."
     yield f"# TYPE {CALLS} histogram"
@@ -103,7 +111,7 @@ def metric(name: str, kind: str, told: str, values: Mapping[str, float]) -> Iter
         yield f"{name}{{{labels}}} {value:.15g}" if labels else f"{name} {value:.15g}"
 
 
-def escaped(text: str) -> str:
+def _escaped(text: str) -> str:
     """As the value of a label."""
     return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
 

@@ -12,12 +12,14 @@ import struct
 import sys
 import termios
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
+from kata_lab.agent.client import Durations
 from kata_lab.resource.rootfs import RootFs
 from kata_lab.runtime.container import Container
 from kata_lab.runtime.errors import RuntimeFault
-from kata_lab.runtime.sandbox import SandboxConfig
+from kata_lab.runtime.sandbox import SandboxConfig, SandboxState
 from kata_lab.ttrpc import RpcError, StatusCode
 
 
@@ -106,9 +108,11 @@ class FakeAgent:
         self.processes: dict[str, FakeProcess] = {}
         self.calls: list[Any] = []
         self.updates: list[dict[str, Any]] = []
+        self.durations: dict[str, Durations] = {}
 
     async def call(self, method: str, timeout: float | None = None, /, **request: Any) -> dict[str, Any]:
         process = self.processes.get(request.get("exec_id") or request.get("container_id", ""))
+        self.durations.setdefault(method, Durations()).add(1.5)
         match method:
             case "StartContainer":
                 await self.processes[request["container_id"]].start()
@@ -165,6 +169,9 @@ class _FakeHypervisor:
     def get_thread_ids(self) -> dict[str, int]:
         return {"vcpu0": 1}
 
+    def get_hypervisor_metrics(self) -> SimpleNamespace:
+        return SimpleNamespace(uptime_seconds=1.0, vcpus=[])
+
 
 class FakeSandbox:
     """What the shim uses of a sandbox."""
@@ -178,7 +185,12 @@ class FakeSandbox:
         self.containers: dict[str, Container] = {}
         self.stopped = asyncio.Event()
         self.reason = ""
+        self.paused = False
         self.timeline = [("VM runs", 0.25), ("sandbox ready", 0.5)]
+
+    @property
+    def state(self) -> SandboxState:
+        return SandboxState.STOPPED if self.stopped.is_set() else SandboxState.RUNNING
 
     async def start(self) -> None:
         if self.config.memory_mib > 65536:

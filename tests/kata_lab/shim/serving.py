@@ -95,6 +95,17 @@ async def output_of(stream: ClientStream) -> tuple[int, bytes, bytes]:
     return status, output, errors
 
 
+async def run_alone(container: ContainerDirectory) -> tuple[int, bytes, bytes]:
+    """Run a container to its end in a sandbox of its own: status, output, errors."""
+    async with (
+        serving(container.id, container) as serves,
+        serves.client() as client,
+        client.attach(container.id) as stream,
+    ):
+        await client.task("Start", id=container.id)
+        return await output_of(stream)
+
+
 def bundle_of(place: Path, *args: str) -> Path:
     """An OCI bundle, as containerd makes one."""
     (place / "rootfs").mkdir(parents=True)

@@ -13,20 +13,13 @@ from kata_lab.runtime.errors import RuntimeFault
 from kata_lab.shim.output_log import read_log
 from kata_lab.shim.records import UNKNOWN_STATUS, RecordError, ShimDirectory
 from kata_lab.ttrpc import RpcError, StatusCode
-from tests.kata_lab.shim.serving import bounded, output_of, recorded, serving, until
+from tests.kata_lab.shim.serving import bounded, output_of, recorded, run_alone, serving, until
 
 
 def test_attached_before_the_start_nothing_is_missed(root: Path) -> None:
     async def body() -> None:
         directory = recorded(root, "sh", "-c", "echo out; echo err >&2; exit 7")
-        async with (
-            serving(directory.id, directory) as serves,
-            serves.client() as client,
-            client.attach(directory.id) as stream,
-        ):
-            await client.task("Start", id=directory.id)
-            assert await output_of(stream) == (7, b"out\n", b"err\n")
-
+        assert await run_alone(directory) == (7, b"out\n", b"err\n")
         record = directory.read()
         assert (record.state, record.status) == ("stopped", 7)
         assert {(piece.stream, piece.data) for piece in read_log(directory.log)} == {
@@ -64,13 +57,7 @@ def test_all_bytes_of_input_and_output_pass_to_every_viewer(root: Path) -> None:
 def test_container_without_input_reads_its_end(root: Path) -> None:
     async def body() -> None:
         directory = recorded(root, "cat")
-        async with (
-            serving(directory.id, directory) as serves,
-            serves.client() as client,
-            client.attach(directory.id) as stream,
-        ):
-            await client.task("Start", id=directory.id)
-            assert await output_of(stream) == (0, b"", b"")
+        assert await run_alone(directory) == (0, b"", b"")
 
     bounded(body)
 
@@ -116,13 +103,7 @@ def test_terminal_has_the_size_that_it_was_told_before_the_start_and_later(root:
 def test_output_kept_open_by_a_child_does_not_hide_the_end(root: Path) -> None:
     async def body() -> None:
         directory = recorded(root, "sh", "-c", "sleep 60 & echo started")
-        async with (
-            serving(directory.id, directory) as serves,
-            serves.client() as client,
-            client.attach(directory.id) as stream,
-        ):
-            await client.task("Start", id=directory.id)
-            assert await output_of(stream) == (0, b"started\n", b"")
+        assert await run_alone(directory) == (0, b"started\n", b"")
 
     bounded(body)
 
@@ -325,6 +306,12 @@ def test_timeline_and_metrics_tell_of_the_start(root: Path) -> None:
             text = (await client.lab("Metrics"))["text"]
             assert 'kata_lab_containers{state="running"} 1\n' in text
             assert text.endswith("kata_guest_load 0.5\n")
+            calls = "kata_shim_agent_rpc_durations_histogram_milliseconds"
+            assert f'{calls}_count{{action="StartContainer"}} 1\n' in text
+            assert f'{calls}_bucket{{action="StartContainer",le="1"}} 0\n' in text
+            assert f'{calls}_bucket{{action="StartContainer",le="2"}} 1\n' in text
+            names = [line.split()[2] for line in text.splitlines() if line.startswith("# TYPE")]
+            assert len(names) == len(set(names))
             for line in text.splitlines():
                 assert line.startswith("#") or float(line.rpartition(" ")[2]) >= 0
 
