@@ -31,6 +31,8 @@ DEFAULT_CMDLINE = "console=ttyS0 panic=-1"
 CLOCKS = ("real", "deterministic")
 
 MAX_DEVICES = 32
+MAX_HOTPLUG_SLOTS = 32
+MIN_SLOTS = 8  #: virtio-mmio slots that are declared at least
 MAX_VSOCK_PATH_BYTES = 107 - len("_4294967295")
 """What the path of a vsock device's socket leaves of the 107 bytes of a unix socket's, for the port of the host."""
 
@@ -371,8 +373,16 @@ class VmConfig:
     """Everything that decides what a VM is before it starts.
 
     Attributes:
-        vcpus: harts, 1 to 32. The deterministic clock needs exactly 1.
+        vcpus: harts that the guest boots with, 1 to 32. The deterministic clock needs exactly 1.
         memory_mib: guest RAM in MiB. A stock Debian kernel for riscv64 boots with 80 and panics with 64.
+        max_vcpus: harts that there can be while the VM runs; None for no more than ``vcpus``. The kernel knows of all
+            of them from the start, and is told by ``maxcpus=`` to leave the others alone; one that was not plugged in
+            cannot be started.
+        max_memory_mib: RAM that there can be while the VM runs; None for no more than ``memory_mib``. The guest boots
+            with all of it, and a balloon takes what is above ``memory_mib`` as soon as its driver is there. One is
+            added if the devices have none. A guest that loads no such driver keeps everything.
+        hotplug_slots: virtio-mmio slots that are free for devices which come while the VM runs, 0 to 32; there are more
+            if fewer than 8 would be declared in all.
         kernel: path of a RISC-V ``Image`` or ELF file.
         initrd: path of an initial RAM file system, or None.
         cmdline: the kernel's command line.
@@ -388,6 +398,9 @@ class VmConfig:
 
     vcpus: int = 1
     memory_mib: int = 256
+    max_vcpus: int | None = None
+    max_memory_mib: int | None = None
+    hotplug_slots: int = 4
     kernel: Path | None = None
     initrd: Path | None = None
     cmdline: str = DEFAULT_CMDLINE
@@ -399,17 +412,24 @@ class VmConfig:
     def __post_init__(self) -> None:
         _require_int("vcpus", self.vcpus, 1, MAX_VCPUS)
         _require_int("memory_mib", self.memory_mib, 1, MAX_MEMORY_MIB, " MiB")
+        if self.max_vcpus is not None:
+            _require_int("max_vcpus", self.max_vcpus, self.vcpus, MAX_VCPUS)
+        if self.max_memory_mib is not None:
+            _require_int("max_memory_mib", self.max_memory_mib, self.memory_mib, MAX_MEMORY_MIB, " MiB")
+        _require_int("hotplug_slots", self.hotplug_slots, 0, MAX_HOTPLUG_SLOTS)
         object.__setattr__(self, "kernel", _require_path("kernel", self.kernel))
         object.__setattr__(self, "initrd", _require_path("initrd", self.initrd))
         if not isinstance(self.cmdline, str) or "\0" in self.cmdline or "\n" in self.cmdline:
             raise ConfigError(f"cmdline is {self.cmdline!r}, it must be one line, without zero bytes")
-        if (length := len(self.cmdline.encode())) > MAX_CMDLINE_BYTES:
-            raise ConfigError(f"cmdline has {length} bytes, Linux keeps at most {MAX_CMDLINE_BYTES}")
+        if (length := len(self.boot_cmdline.encode())) > MAX_CMDLINE_BYTES:
+            told = f" with {self._cpu_limit.strip()!r}" if self._cpu_limit else ""
+            raise ConfigError(f"cmdline has {length} bytes{told}, Linux keeps at most {MAX_CMDLINE_BYTES}")
         if self.clock not in CLOCKS:
             raise ConfigError(f"clock is {self.clock!r}, it must be 'real' or 'deterministic'")
-        if self.clock == "deterministic" and self.vcpus > 1:
+        if self.clock == "deterministic" and self.harts > 1:
+            which = "vcpus" if self.vcpus > 1 else "max_vcpus"
             raise ConfigError(
-                f"the deterministic clock needs vcpus = 1, not {self.vcpus}, since parallel harts have no one order"
+                f"the deterministic clock needs {which} = 1, not {self.harts}, since parallel harts have no one order"
             )
         if isinstance(self.console, Mapping):
             object.__setattr__(self, "console", ConsoleConfig.from_dict(self.console))
@@ -418,11 +438,34 @@ class VmConfig:
         if not isinstance(self.trace, bool):
             raise ConfigError(f"trace is {self.trace!r}, it must be True or False")
         object.__setattr__(self, "devices", _name_devices(self.devices))
+        if self.spare_memory_mib and not any(isinstance(each, BalloonConfig) for each in self.devices):
+            # Without DEFLATE_ON_OOM, since memory that a guest may take back when it likes is no limit.
+            object.__setattr__(self, "devices", _name_devices((*self.devices, BalloonConfig(deflate_on_oom=False))))
+
+    @property
+    def harts(self) -> int:
+        """Harts that there are, plugged in or not."""
+        return self.vcpus if self.max_vcpus is None else self.max_vcpus
 
     @property
     def memory_bytes(self) -> int:
-        """Guest RAM in bytes."""
-        return self.memory_mib * MIB
+        """Guest RAM in bytes, with what a balloon holds."""
+        return (self.memory_mib if self.max_memory_mib is None else self.max_memory_mib) * MIB
+
+    @property
+    def spare_memory_mib(self) -> int:
+        """MiB of guest RAM that a balloon holds."""
+        return self.memory_bytes // MIB - self.memory_mib
+
+    @property
+    def boot_cmdline(self) -> str:
+        """What the kernel is given."""
+        # In front, since Linux takes nothing behind a "--" for itself.
+        return self._cpu_limit + self.cmdline
+
+    @property
+    def _cpu_limit(self) -> str:
+        return f"maxcpus={self.vcpus} " if self.harts > self.vcpus else ""
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> VmConfig:

@@ -3,22 +3,28 @@
 :class:`vmm.microvm.MicroVm` decides when it is built, held and given back; this module knows how. Start-up follows the
 boot protocol of Linux on RISC-V (Documentation/arch/riscv/boot.rst): hart 0 starts at the kernel's entry, all others
 wait for SBI's hart_start.
+
+Harts and slots that are for later exist from the start, since the kernel learns of them from the device tree: a hart
+that is not plugged in has no thread and cannot be started, a slot without a device is a placeholder. What plugging
+means for the guest is for :mod:`vmm.hotplug`; here is the host's half of it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
 from vmm.actions import EndKind, MachineEnd
-from vmm.config import DeviceConfig, VmConfig
+from vmm.config import MIN_SLOTS, BalloonConfig, VmConfig
 from vmm.console import Console
-from vmm.errors import ConfigError
+from vmm.errors import ConfigError, EngineError
 from vmm.memory import GuestMemory
+from vmm.metrics import VcpuMetrics
 from vmm.report import CrashReport, find_panic, report_hart
 from vmm.sbi import Entry, HartStates, ResetReason, ResetType, Sbi
 from vmm.trace import Trace
@@ -29,7 +35,6 @@ if TYPE_CHECKING:
     from vmm.devices.virtio.device import VirtioDevice
 
 DETERMINISTIC_SEED = 0
-DEFAULT_SLOTS = 8  #: virtio-mmio slots that are declared at least
 
 
 class FirmwareConsole:
@@ -64,7 +69,11 @@ class FirmwareConsole:
 
 
 class Machine:
-    """What starting a VM builds: memory, engine, board, and a paused vCPU per hart, hart 0 at the kernel's entry.
+    """What starting a VM builds: memory, engine, board, and a vCPU per hart, hart 0 at the kernel's entry.
+
+    Attributes:
+        vcpus: those that are plugged in, by number; a new tuple whenever that changes.
+        devices: those in a slot, by name; a new dictionary whenever that changes.
 
     Args:
         config: a configuration with a kernel.
@@ -100,63 +109,56 @@ class Machine:
 
         deterministic = config.clock == "deterministic"
         seed = DETERMINISTIC_SEED if deterministic else None
+        self.changed = changed
+        self._ended = ended
+        self.devices: dict[str, VirtioDevice] = {}
+        self._slots: dict[str, int] = {}
+        self._stopping = self._still = self._held = False
+        self._held_at = 0
         with contextlib.ExitStack() as built:
             self.memory = built.enter_context(GuestMemory(RAM_BASE, config.memory_bytes))
-            self.engine = built.enter_context(Rv64Engine(self.memory, config.vcpus, config.clock))
+            self.engine = built.enter_context(Rv64Engine(self.memory, config.harts, config.clock))
             outputs = [partial(hart.set_interrupt, SUPERVISOR_EXTERNAL) for hart in self.engine.harts]
-            slots = max(DEFAULT_SLOTS, len(config.devices) + len(custom))
+            slots = max(MIN_SLOTS, len(config.devices) + len(custom) + config.hotplug_slots)
             self.board = RiscvVirtBoard(self.memory, console, outputs, slots)
-            self.devices = self._plug(config, custom, built, ended)
+            for device in custom:
+                built.callback(device.close)
+            built.callback(self._remove_devices)
+            self._plug(config, custom)
             self.boot_entry = load_boot_source(
                 self.memory,
                 config.kernel,
                 config.initrd,
-                lambda initrd: self.board.build_fdt(Chosen(config.cmdline, initrd, seed)),
+                lambda initrd: self.board.build_fdt(Chosen(config.boot_cmdline, initrd, seed)),
             )
-            self.states = HartStates(config.vcpus, wake=lambda hart: self.vcpus[hart].kick())
+            self.states = HartStates(config.harts, lambda hart: self._every_vcpu[hart].kick(), config.vcpus)
             firmware = FirmwareConsole(self.board, self._early_panic)
             sbi = Sbi(self.engine, self.states, self.memory, firmware, self._reset)
-            self.vcpus = tuple(
+            self._every_vcpu = tuple(
                 Vcpu(hart, self.board.bus, sbi, self.states, trace, changed=changed, ended=ended)
                 for hart in self.engine.harts
             )
-            self._held_at = 0
+            self.vcpus = self._every_vcpu[: config.vcpus]
             entry = Entry(self.boot_entry.pc, self.boot_entry.fdt_address)
             self.engine.harts[0].reset(entry.address, 0, entry.opaque)
             self._built = built.pop_all()
 
-    def _plug(
-        self,
-        config: VmConfig,
-        custom: Sequence[VirtioDevice],
-        built: contextlib.ExitStack,
-        ended: Callable[[int | None, MachineEnd, str], None],
-    ) -> dict[str, VirtioDevice]:
+    def _plug(self, config: VmConfig, custom: Sequence[VirtioDevice]) -> None:
         from vmm.devices.virtio import build_device
 
-        loop = asyncio.get_running_loop()
-        devices: dict[str, VirtioDevice] = {}
-
-        def crashed(name: str, error: BaseException) -> None:
-            detail = f"device {name} raised {type(error).__name__}: {error}"
-            text = "".join(traceback.format_exception(error))
-            ended(None, MachineEnd(EndKind.CRASH, detail=detail), text)
-
+        spare = config.spare_memory_mib
+        for each in config.devices:
+            described = each
+            if spare and isinstance(each, BalloonConfig):
+                described, spare = dataclasses.replace(each, target_mib=each.target_mib + spare), 0
+            device = build_device(described)
+            try:
+                self.add_device(device)
+            except BaseException:
+                device.close()
+                raise
         for device in custom:
-            built.callback(device.close)
-        described: list[DeviceConfig | VirtioDevice] = [*config.devices, *custom]
-        for each in described:
-            if isinstance(each, DeviceConfig):
-                device = build_device(each)
-                built.callback(device.close)
-            else:
-                device = each
-            if device.name in devices:
-                raise ConfigError(f"two devices are called {device.name!r}; give each a name of its own")
-            number = self.board.plug(device, loop, partial(crashed, device.name))
-            built.callback(self.board.unplug, number)
-            devices[device.name] = device
-        return devices
+            self.add_device(device)
 
     def device(self, name: str) -> VirtioDevice:
         """The device of that name.
@@ -169,6 +171,76 @@ class Machine:
             raise ConfigError(f"the VM has no device {name!r}; it has {known}")
         return self.devices[name]
 
+    # Plugging, on the event loop's thread.
+
+    def add_device(self, device: VirtioDevice, avoid: Collection[int] = ()) -> int:
+        """Put a device into the first free slot, but for those to ``avoid``; returns the slot's number.
+
+        Raises:
+            ConfigError: the name is taken, or no slot is free; the device is still the caller's to close.
+        """
+        if device.name in self.devices:
+            raise ConfigError(f"two devices are called {device.name!r}; give each a name of its own")
+        number = self.board.plug(device, asyncio.get_running_loop(), partial(self._crashed, device.name), avoid)
+        self._slots[device.name] = number
+        self.devices = {**self.devices, device.name: device}
+        if self._held:
+            with device.lock:
+                device.pause()
+        return number
+
+    def remove_device(self, name: str) -> VirtioDevice:
+        """Empty the slot of a device, which is the caller's to close.
+
+        Raises:
+            ConfigError: there is none of that name.
+        """
+        device = self.device(name)
+        self.board.unplug(self._slots.pop(name))
+        self.devices = {other: each for other, each in self.devices.items() if other != name}
+        return device
+
+    def slot(self, name: str) -> int:
+        """The number of the slot in which a device is; ConfigError if there is none of that name."""
+        self.device(name)
+        return self._slots[name]
+
+    def plug_vcpu(self) -> None:
+        """Plug the next vCPU in: it gets a thread, and the guest may start its hart.
+
+        Raises:
+            EngineError: the host gives no more threads.
+        """
+        vcpu = self._every_vcpu[len(self.vcpus)]
+        try:
+            vcpu.start()
+        except RuntimeError as error:  # threading's word for a host that gives no more threads
+            raise EngineError(f"the host gives no thread for vCPU {vcpu.hart.id}: {error}") from error
+        self.vcpus = self._every_vcpu[: len(self.vcpus) + 1]
+        self.states.plug(vcpu.hart.id)
+        if self._stopping:
+            vcpu.stop()
+        elif not self._still:
+            vcpu.resume()
+
+    def unplug_vcpu(self) -> bool:
+        """Unplug the last vCPU, whose thread ends; False, and nothing changes, while its hart is not stopped."""
+        vcpu = self.vcpus[-1]
+        if not self.states.unplug(vcpu.hart.id):
+            return False
+        self.vcpus = self.vcpus[:-1]
+        vcpu.unplug()
+        return True
+
+    def _crashed(self, name: str, error: BaseException) -> None:
+        detail = f"device {name} raised {type(error).__name__}: {error}"
+        self._ended(None, MachineEnd(EndKind.CRASH, detail=detail), "".join(traceback.format_exception(error)))
+
+    def _remove_devices(self) -> None:
+        for name, device in self.devices.items():
+            self.board.unplug(self._slots[name])
+            device.close()
+
     def close_devices(self) -> None:
         """On the event loop's thread, once no vCPU runs: give back what the devices hold of the host."""
         for device in self.devices.values():
@@ -177,7 +249,11 @@ class Machine:
     @property
     def instructions(self) -> int:
         """Retired by all harts together."""
-        return sum(vcpu.instructions for vcpu in self.vcpus)
+        return sum(vcpu.instructions for vcpu in self._every_vcpu)
+
+    def metrics(self) -> tuple[VcpuMetrics, ...]:
+        """The counters of every vCPU that is plugged in, or was once."""
+        return tuple(vcpu.metrics() for vcpu in self._every_vcpu if vcpu.was_plugged)
 
     def _reset(self, hart: int, reset_type: ResetType, reason: ResetReason) -> None:
         match reset_type, reason:
@@ -187,10 +263,10 @@ class Machine:
                 kind, detail = EndKind.FAILURE, "the guest shut down because of a system failure"
             case _:
                 kind, detail = EndKind.REBOOT, "the guest asked for a reboot"
-        self.vcpus[hart].end(MachineEnd(kind, int(reset_type), int(reason), detail))
+        self._every_vcpu[hart].end(MachineEnd(kind, int(reset_type), int(reason), detail))
 
     def _early_panic(self) -> None:
-        self.vcpus[0].end(MachineEnd(EndKind.HANG, detail="the guest's kernel panicked before it could reset"))
+        self._every_vcpu[0].end(MachineEnd(EndKind.HANG, detail="the guest's kernel panicked before it could reset"))
 
     def start(self) -> None:
         """Start the vCPUs' threads, all PAUSED.
@@ -208,32 +284,51 @@ class Machine:
             panic=find_panic(console),
             hart=hart,
             harts=tuple(
-                report_hart(each, self.memory, self.states[each.id].name.lower()) for each in self.engine.harts
+                report_hart(each.hart, self.memory, self.states[each.hart.id].name.lower()) for each in self.vcpus
             ),
             console=console,
-            bus_faults=tuple(fault for vcpu in self.vcpus for fault in vcpu.bus_faults),
+            bus_faults=tuple(fault for vcpu in self._every_vcpu for fault in vcpu.bus_faults),
             trace=trace,
         )
+
+    def run(self) -> None:
+        """Let the vCPUs run guest code, from :meth:`start` on."""
+        for vcpu in self.vcpus:
+            vcpu.resume()
+
+    def pause(self) -> None:
+        """Ask every vCPU to come out of guest code; one that is plugged in meanwhile stays out of it."""
+        self._still = True
+        for vcpu in self.vcpus:
+            vcpu.pause()
 
     def hold(self) -> None:
         """Every vCPU is paused: guest time and the devices stand still from now on."""
         for device in self.devices.values():
             with device.lock:
                 device.pause()
+        self._held = True
         self._held_at = self.engine.nanoseconds()
 
     def release(self) -> None:
-        """Guest time goes on where it was held, and so do the devices."""
+        """Guest time goes on where it was held, and so do the devices and the vCPUs."""
         if not self.engine.deterministic:
             self.engine.skip(self._held_at - self.engine.nanoseconds())
+        self._held = self._still = False
         for device in self.devices.values():
             with device.lock:
                 device.resume()
+        self.run()
+
+    def stop(self) -> None:
+        """Ask every vCPU's thread to end, also of one that is plugged in from now on. From any thread."""
+        self._stopping = True
+        for vcpu in self.vcpus:
+            vcpu.stop()
 
     def close(self) -> None:
         """Stop the vCPUs' threads and give everything back."""
-        for vcpu in self.vcpus:
-            vcpu.stop()
+        self.stop()
         for vcpu in self.vcpus:
             vcpu.join()
         self._built.close()

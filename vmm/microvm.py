@@ -7,7 +7,8 @@
         vm.console.expect("login")
 
 Actions enter as messages and are answered through futures (:meth:`MicroVm.request`); an event loop on a thread of the
-VM's own carries them out, one after the other. The methods put the message and wait for the answer; from asyncio, await
+VM's own carries them out, one after the other, but for hotplugs, which wait for the guest and have an order of their
+own (:mod:`vmm.hotplug`). The methods put the message and wait for the answer; from asyncio, await
 ``asyncio.wrap_future(vm.request(PauseMicroVm()))``. Each hart runs on a thread of its own (:mod:`vmm.vcpu`).
 
 A micro-VM does not reboot: a guest that asks for it has ended, and :attr:`MicroVm.end` says so. The VM's memory and
@@ -35,6 +36,7 @@ from vmm.actions import EndKind, MachineEnd, VmmAction, VmState
 from vmm.config import VmConfig
 from vmm.console import Console
 from vmm.errors import ConfigError, EngineError, StateError, VmmError
+from vmm.hotplug import Hotplug, HotplugRecord, amend
 from vmm.loop_thread import LoopThread
 from vmm.machine import Machine
 from vmm.metrics import ProcessMemory, VmMetrics
@@ -44,6 +46,7 @@ from vmm.vcpu import VcpuState
 
 if TYPE_CHECKING:
     from vmm.devices.virtio.device import VirtioDevice
+    from vmm.upcall import UpcallClient
 
 AnswerT = TypeVar("AnswerT")
 
@@ -71,6 +74,7 @@ class MicroVm:
         self._console.subscribe(lambda data: self._trace.console_output(data))
         self._state = VmState.CONFIGURED
         self._machine: Machine | None = None
+        self._hotplug: Hotplug | None = None
         self._cause: tuple[int | None, MachineEnd, str] | None = None
         self._end: concurrent.futures.Future[MachineEnd] = concurrent.futures.Future()
         self._report: CrashReport | None = None
@@ -95,6 +99,7 @@ class MicroVm:
             actions.GetState: self._get_state,
             actions.GetHypervisorMetrics: self._get_metrics,
             actions.GetReport: self._get_report,
+            actions.GetUpcallState: self._get_upcall_state,
         }
         _OPEN.add(self)
 
@@ -130,6 +135,16 @@ class MicroVm:
         return self._machine
 
     @property
+    def upcall(self) -> UpcallClient | None:
+        """The client of the guest's device manager; None until there was something to ask of it."""
+        return None if self._hotplug is None else self._hotplug.upcall
+
+    @property
+    def hotplugs(self) -> tuple[HotplugRecord, ...]:
+        """What was hot-plugged and how that went, oldest first; the last 256."""
+        return () if self._hotplug is None else self._hotplug.records
+
+    @property
     def thread_ids(self) -> dict[str, int]:
         """The host's thread of each vCPU by name (``vcpu-0``), and that of the VM's event loop (``vm-loop``)."""
         threads = [each.thread for each in self._loop_threads]
@@ -155,20 +170,19 @@ class MicroVm:
         return given
 
     def request(self, action: VmmAction[AnswerT]) -> concurrent.futures.Future[AnswerT]:
-        """Send an action; the future holds its answer or its VmmError. Actions are carried out in the order of sending.
+        """Send an action; the future holds its answer or its VmmError. Actions are carried out in the order of sending,
+        but no other action waits for a hotplug: a pause or shutdown that is sent after one ends it with an error.
 
         Raises:
             ConfigError: something that is not an action.
         """
-        handler = self._handlers.get(type(action))
-        if handler is None:
-            known = ", ".join(each.__name__ for each in self._handlers)
+        if type(action) not in self._handlers and type(action) not in Hotplug.ACTIONS:
+            known = ", ".join(each.__name__ for each in (*self._handlers, *Hotplug.ACTIONS))
             raise ConfigError(f"{action!r} is no action; the actions are {known}")
-        carrying_out = cast(Callable[[VmmAction[AnswerT]], Awaitable[AnswerT]], handler)
         with self._lock:
             if not self._closed:
                 loop = self._running_loop()
-                return asyncio.run_coroutine_threadsafe(self._carry_out(carrying_out, action), loop)
+                return asyncio.run_coroutine_threadsafe(self._carry_out(action), loop)
         refused: concurrent.futures.Future[AnswerT] = concurrent.futures.Future()
         refused.set_exception(StateError(f"{action.name} came to a VM that is closed; make a new one"))
         return refused
@@ -230,7 +244,7 @@ class MicroVm:
         until = self._stopped_at or time.monotonic()
         return VmMetrics(
             uptime_seconds=until - self._started_at,
-            vcpus=tuple(vcpu.metrics() for vcpu in machine.vcpus),
+            vcpus=machine.metrics(),
             memory=ProcessMemory.now(),
         )
 
@@ -303,11 +317,18 @@ class MicroVm:
             self._loop = self._loop_threads[-1].start()
         return self._loop
 
-    async def _carry_out(
-        self, handler: Callable[[VmmAction[AnswerT]], Awaitable[AnswerT]], action: VmmAction[AnswerT]
-    ) -> AnswerT:
+    async def _carry_out(self, action: VmmAction[AnswerT]) -> AnswerT:
         async with self._order:
-            return await handler(action)
+            handler = self._handlers.get(type(action))
+            if handler is not None:
+                return cast(AnswerT, await handler(action))
+            if self._state is VmState.CONFIGURED:
+                self._config, amended = amend(self._config, action)
+                return cast(AnswerT, amended)
+            self._require(action, VmState.CONFIGURED, VmState.RUNNING)
+            assert self._hotplug is not None
+            hotplug = self._hotplug
+        return await hotplug.carry_out(action)
 
     def _call_soon(self, callback: Callable[[], object]) -> None:
         # A vCPU that ends after the loop did has nobody left to tell.
@@ -339,6 +360,9 @@ class MicroVm:
     async def _get_configuration(self, action: actions.GetVmConfiguration) -> actions.VmConfiguration:
         return actions.VmConfiguration(self._config)
 
+    async def _get_upcall_state(self, action: actions.GetUpcallState) -> actions.UpcallState:
+        return actions.UpcallState("" if self.upcall is None else self.upcall.state.value)
+
     async def _get_state(self, action: actions.GetState) -> actions.MachineState:
         return actions.MachineState(self._state, self.end)
 
@@ -361,22 +385,29 @@ class MicroVm:
             machine.close()
             raise EngineError(f"the host gives no thread for each of {self._config.vcpus} vCPUs: {error}") from error
         self._machine = machine
+        self._hotplug = Hotplug(machine, lambda: self._config, self._keep, self._vcpus_changed)
         self._started_at = time.monotonic()
         self._trace.start(lambda: machine.instructions)
         self._state = VmState.RUNNING
-        for vcpu in machine.vcpus:
-            vcpu.resume()
+        machine.run()
         return actions.Empty()
+
+    def _keep(self, config: VmConfig) -> None:
+        self._config = config
 
     async def _pause(self, action: actions.PauseMicroVm) -> actions.Empty:
         self._require(action, VmState.RUNNING)
+        assert self._hotplug is not None
+        self._hotplug.suspend("the VM was paused")
         await self._stand_still(action)
         self._state = VmState.PAUSED
         return actions.Empty()
 
     async def _resume(self, action: actions.ResumeMicroVm) -> actions.Empty:
         self._require(action, VmState.PAUSED)
+        assert self._hotplug is not None
         self._run_on()
+        self._hotplug.resume()
         return actions.Empty()
 
     async def _shutdown(self, action: actions.ShutdownMicroVm) -> MachineEnd:
@@ -402,8 +433,7 @@ class MicroVm:
                 self._run_on()
 
     async def _stand_still(self, action: VmmAction[Any]) -> None:
-        for vcpu in self.machine.vcpus:
-            vcpu.pause()
+        self.machine.pause()
         await self._until(VcpuState.PAUSED, VcpuState.EXITED)
         if self._cause is not None:
             await self._finish()
@@ -411,10 +441,8 @@ class MicroVm:
         self.machine.hold()
 
     def _run_on(self) -> None:
-        self.machine.release()
         self._state = VmState.RUNNING
-        for vcpu in self.machine.vcpus:
-            vcpu.resume()
+        self.machine.release()
 
     async def _until(self, *states: VcpuState) -> None:
         while True:
@@ -429,8 +457,7 @@ class MicroVm:
             if self._cause is None:
                 self._cause = (hart, end, trace)
         if self._machine is not None:
-            for vcpu in self._machine.vcpus:
-                vcpu.stop()
+            self._machine.stop()
 
     def _on_ended(self, hart: int | None, end: MachineEnd, trace: str) -> None:
         """On a vCPU's thread, or on one of a device."""
@@ -449,8 +476,10 @@ class MicroVm:
         if self._end.done() or self._cause is None:
             return
         hart, end, trace = self._cause
-        if self._machine is not None:
+        if self._machine is not None and self._hotplug is not None:
+            self._hotplug.close()
             await self._until(VcpuState.EXITED)
+            await self._hotplug.idle()
             for vcpu in self._machine.vcpus:
                 vcpu.join()
             self._machine.close_devices()

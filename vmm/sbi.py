@@ -15,6 +15,9 @@ A hart's state (chapter 9)::
        ▲                                           │   │ hart_suspend  │ is pending
        └───────────────────────────────────────────┘   └────────► SUSPENDED
                           hart_stop
+
+A hart that is not plugged in is STOPPED, and hart_start of it is answered SBI_ERR_INVALID_PARAM: 9.1 has that for a
+hart which "cannot be started in supervisor mode", and no SBI_ERR_DENIED.
 """
 
 from __future__ import annotations
@@ -134,10 +137,12 @@ class HartStates:
     Args:
         count: harts, with ids 0 to ``count`` - 1. Hart 0 starts, the others wait for hart_start.
         wake: called with a hart's id after it was told to start.
+        plugged: how many of them are plugged in, those with the lowest ids; None for all.
     """
 
-    def __init__(self, count: int, wake: Callable[[int], None]) -> None:
+    def __init__(self, count: int, wake: Callable[[int], None], plugged: int | None = None) -> None:
         self._lock = threading.Lock()
+        self._plugged = [plugged is None or hart < plugged for hart in range(count)]
         self._states = [HartState.STARTED] + [HartState.STOPPED] * (count - 1)
         self._entries: list[Entry | None] = [None] * count
         self._wake = wake
@@ -159,9 +164,24 @@ class HartStates:
         with self._lock:
             return all(state is HartState.STOPPED for other, state in enumerate(self._states) if other != hart)
 
+    def plug(self, hart: int) -> None:
+        """The guest may start this hart from now on."""
+        with self._lock:
+            self._plugged[hart] = True
+
+    def unplug(self, hart: int) -> bool:
+        """The guest may not start this hart any more; False, and nothing changes, if it is not STOPPED."""
+        with self._lock:
+            stopped = self._states[hart] is HartState.STOPPED
+            if stopped:
+                self._plugged[hart] = False
+            return stopped
+
     def start(self, hart: int, entry: Entry) -> SbiError:
         """STOPPED → START_PENDING."""
         with self._lock:
+            if not self._plugged[hart]:
+                return SbiError.INVALID_PARAM
             if self._states[hart] is not HartState.STOPPED:
                 return SbiError.ALREADY_AVAILABLE
             self._states[hart] = HartState.START_PENDING

@@ -2,13 +2,14 @@
 
 The thread's states, after Dragonball's vCPU state machine::
 
-    PAUSED ──resume()──► RUNNING ──pause()──► PAUSED
-       └────────stop()──────┴──► EXITING ──► EXITED
+    UNPLUGGED ──start()──► PAUSED ──resume()──► RUNNING ──pause()──► PAUSED
+        ▲                     └────────stop()──────┴──► EXITING ──► EXITED
+        └──────────────────────────────unplug()────────────────────────┘
 
-A PAUSED thread is out of guest code and sleeps; a hart that the guest has stopped (SBI HSM) belongs to a RUNNING
-thread that sleeps until hart_start. Requests come from other threads as a flag, which the thread looks at after every
-exit, and a kick that makes the hart exit. A fault in a device or in the VMM ends the VM with its traceback, never the
-process.
+UNPLUGGED, there is no thread; the vCPU's counters go on when it gets the next one. A PAUSED thread is out of guest code
+and sleeps; a hart that the guest has stopped (SBI HSM) belongs to a RUNNING thread that sleeps until hart_start.
+Requests come from other threads as a flag, which the thread looks at after every exit, and a kick that makes the hart
+exit. A fault in a device or in the VMM ends the VM with its traceback, never the process.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ ENDLESS_PAUSE = 0.01  #: seconds that a hart rests which only another hart's cha
 class VcpuState(enum.Enum):
     """The state of a vCPU's thread."""
 
+    UNPLUGGED = "unplugged"
     PAUSED = "paused"
     RUNNING = "running"
     EXITING = "exiting"
@@ -88,7 +90,7 @@ class Vcpu:
         self._changed = changed
         self._ended = ended
         self._condition = threading.Condition()
-        self._state = VcpuState.PAUSED
+        self._state = VcpuState.UNPLUGGED
         self._pause_requested = True
         self._stop_requested = False
         # Read without the lock after every exit; set together with what it announces.
@@ -97,9 +99,10 @@ class Vcpu:
         self._halted = False
         self._slept_ns = 0
         self._cpu_seconds = 0.0
-        self._instructions: int | None = None
+        self._instructions: int | None = 0
         self._device_names: dict[int, str] = {}
-        self._thread = threading.Thread(target=self._live, name=f"vcpu-{hart.id}", daemon=True)
+        self._named_of = bus.attachments
+        self._thread = self._new_thread()
 
     @property
     def state(self) -> VcpuState:
@@ -108,8 +111,16 @@ class Vcpu:
 
     @property
     def thread(self) -> threading.Thread:
-        """The host's thread."""
+        """The host's thread; of an unplugged vCPU, the one that it had or will have."""
         return self._thread
+
+    @property
+    def was_plugged(self) -> bool:
+        """Whether it is plugged in, or was once."""
+        return self._state is not VcpuState.UNPLUGGED or self._thread.ident is not None
+
+    def _new_thread(self) -> threading.Thread:
+        return threading.Thread(target=self._live, name=f"vcpu-{self.hart.id}", daemon=True)
 
     @property
     def instructions(self) -> int:
@@ -117,8 +128,28 @@ class Vcpu:
         return self.hart.instructions if self._instructions is None else self._instructions
 
     def start(self) -> None:
-        """Start the thread, in state PAUSED."""
-        self._thread.start()
+        """Start a thread, in state PAUSED.
+
+        Raises:
+            RuntimeError: the host gives no more threads; the vCPU stays UNPLUGGED.
+        """
+        if self._thread.ident is not None:
+            self._thread = self._new_thread()
+        self._pause_requested = self._attention = True
+        self._stop_requested = self._halted = False
+        self._instructions, before = None, self._instructions
+        self._state = VcpuState.PAUSED
+        try:
+            self._thread.start()
+        except BaseException:
+            self._state, self._instructions = VcpuState.UNPLUGGED, before
+            raise
+
+    def unplug(self) -> None:
+        """End the thread and wait for its end; the hart is stopped, or will never run again."""
+        self.stop()
+        self.join()
+        self._state = VcpuState.UNPLUGGED
 
     def resume(self) -> None:
         """Let the hart run, from PAUSED."""
@@ -175,9 +206,9 @@ class Vcpu:
 
     def _thread_seconds(self) -> float:
         with self._condition:
-            if self._state is VcpuState.EXITED or self._thread.ident is None:
+            if self._state in (VcpuState.EXITED, VcpuState.UNPLUGGED) or self._thread.ident is None:
                 return self._cpu_seconds
-            return time.clock_gettime(time.pthread_getcpuclockid(self._thread.ident))
+            return self._cpu_seconds + time.clock_gettime(time.pthread_getcpuclockid(self._thread.ident))
 
     # What follows runs on the vCPU's own thread.
 
@@ -191,7 +222,7 @@ class Vcpu:
             self.end(MachineEnd(EndKind.CRASH, detail=detail), traceback.format_exc())
         with self._condition:
             self._instructions = self.hart.instructions
-            self._cpu_seconds = time.thread_time()
+            self._cpu_seconds += time.thread_time()
             self._state = VcpuState.EXITED
         self._changed()
 
@@ -302,6 +333,9 @@ class Vcpu:
                     if self._states[self.hart.id] is HartState.SUSPENDED:
                         # What a retentive suspend answers when it is over; a non-retentive one is reset by then.
                         self.hart.complete_sbi(SbiError.SUCCESS, 0)
+                    else:
+                        # Who unplugs the vCPU waits for its hart to stop.
+                        self._changed()
                     if self._states.all_stopped:
                         self.end(MachineEnd(EndKind.CRASH, detail="every hart has stopped itself, none is left to run"))
             case ExitReason.HALTED:
@@ -346,6 +380,9 @@ class Vcpu:
             return call_name(ended.args)
         if ended.reason is not ExitReason.MMIO_READ and ended.reason is not ExitReason.MMIO_WRITE:
             return ""
+        if self._named_of is not self._bus.attachments:
+            self._named_of = self._bus.attachments
+            self._device_names.clear()
         name = self._device_names.get(ended.address)
         if name is None:
             found = (each.name for each in self._bus.attachments if each.base <= ended.address < each.end)

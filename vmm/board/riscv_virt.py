@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -140,15 +140,21 @@ class RiscvVirtBoard:
         device: VirtioDevice,
         loop: asyncio.AbstractEventLoop,
         crashed: Callable[[BaseException], None],
+        avoid: Collection[int] = (),
     ) -> int:
-        """Fill the first empty virtio-mmio slot; returns its number. See :class:`VirtioMmio` for the arguments.
+        """Fill the first empty virtio-mmio slot that is not to be avoided; returns its number.
+
+        See :class:`VirtioMmio` for the other arguments.
 
         Raises:
-            ConfigError: every slot is filled.
+            ConfigError: there is no such slot.
         """
-        free = next((n for n, slot in enumerate(self.slots) if isinstance(slot, EmptySlot)), None)
+        free = next((n for n, slot in enumerate(self.slots) if isinstance(slot, EmptySlot) and n not in avoid), None)
         if free is None:
-            raise ConfigError(f"{device.name} needs a virtio-mmio slot, but all {len(self.slots)} of them are filled")
+            unfit = ", or not usable now" if avoid else ""
+            raise ConfigError(
+                f"{device.name} needs a virtio-mmio slot, but all {len(self.slots)} of them are filled{unfit}"
+            )
         line = self.irq_line(virtio_interrupt(free))
         slot = VirtioMmio(device, self.memory, line, loop, crashed)
         self._fill(free, slot, device.name)

@@ -120,6 +120,8 @@ class BalloonDevice(VirtioDevice):
         self._asked = False
         self._waiting: list[Future[Statistics]] = []
         self._timer: asyncio.TimerHandle | None = None
+        #: Called, on any thread, after :attr:`actual_mib` changed.
+        self.changed: Callable[[], None] = lambda: None
         #: What the guest said last of its memory, or None.
         self.statistics: Statistics | None = None
         #: Bytes given back to the host through the balloon; a page counts every time that it is.
@@ -199,6 +201,7 @@ class BalloonDevice(VirtioDevice):
         self._actual = int.from_bytes(space[_ACTUAL : _ACTUAL + 4], "little")
         if self._config.free_page_reporting:
             self._poison = int.from_bytes(space[_POISON : _POISON + 4], "little")
+        self.changed()
 
     def connect(self, host: Host) -> None:
         if self._config.target_mib * MIB > host.memory.size:
