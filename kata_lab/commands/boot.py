@@ -21,6 +21,7 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from kata_lab.commands import UsageError
 from kata_lab.errors import ImageError
@@ -37,6 +38,9 @@ from kata_lab.terminal import RawTerminal, WindowSize
 from vmm.actions import EndKind, MachineEnd
 from vmm.config import ConsoleConfig, DeviceConfig, VmConfig
 from vmm.microvm import MicroVm
+
+if TYPE_CHECKING:
+    from kata_lab.image.library import Image
 
 USERLAND = "userland"
 MILESTONES = {USERLAND: re.escape(USERLAND_MARKER)}
@@ -67,8 +71,11 @@ class BootOptions:
     devices: tuple[tuple[str, str], ...] = ()
 
 
-def configure(options: BootOptions) -> VmConfig:
+def configure(options: BootOptions) -> tuple[VmConfig, Image | None]:
     """The VM's configuration; builds the default guest, or the image, unless a kernel is named.
+
+    Returns:
+        the configuration, and the image whose files it names, to be kept until the VM has started.
 
     Raises:
         UsageError: a command line that the kernel would not take, an image that cannot be built as it is described or
@@ -91,17 +98,18 @@ def configure(options: BootOptions) -> VmConfig:
         devices=_devices(options),
     )
     if options.kernel is not None:
-        return config
+        return config, None
     if options.image is not None:
-        source = _source(options.image, options.mirror)
-        return config.replace(
+        image, source = _source(options.image, options.mirror)
+        config = config.replace(
             kernel=source.kernel,
             initrd=config.initrd or source.initrd,
             cmdline=_command_line(options, source.append),
             devices=(*source.disks, *config.devices),
         )
+        return config, image
     guest = build_boot_guest(mirror=options.mirror)
-    return config.replace(kernel=guest.kernel, initrd=config.initrd or guest.initrd)
+    return config.replace(kernel=guest.kernel, initrd=config.initrd or guest.initrd), None
 
 
 def _devices(options: BootOptions) -> tuple[DeviceConfig, ...]:
@@ -112,7 +120,7 @@ def _devices(options: BootOptions) -> tuple[DeviceConfig, ...]:
     return parse_devices(options.devices)
 
 
-def _source(name: str, mirror: str | None) -> BootSource:
+def _source(name: str, mirror: str | None) -> tuple[Image, BootSource]:
     from kata_lab.image.build import build_named
     from kata_lab.image.description import DescriptionError
 
@@ -121,7 +129,7 @@ def _source(name: str, mirror: str | None) -> BootSource:
     except DescriptionError as error:
         raise UsageError(str(error)) from error
     try:
-        return boot_source(image)
+        return image, boot_source(image)
     except ImageError as error:
         raise UsageError(str(error)) from error
 
@@ -150,7 +158,7 @@ def _command_line(options: BootOptions, append: str) -> str:
 
 def run(options: BootOptions) -> int:
     """Boot, stay connected until the guest ends, and return the exit status."""
-    config = configure(options)
+    config, image = configure(options)
     _compile()
     from kata_lab.commands.console import ConsoleLoop, Streams, standard_input, standard_output
 
@@ -174,6 +182,7 @@ def run(options: BootOptions) -> int:
             if interactive and source is not None:
                 connected.enter_context(RawTerminal(source))
             vm.start()
+            del image
             in_time = loop.run(options.timeout)
         return _finish(vm, options, in_time)
 

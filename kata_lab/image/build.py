@@ -14,6 +14,7 @@ its presets at the first boot).
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -103,14 +104,8 @@ def build_image(description: Description, options: BuildOptions) -> Image:
     lock = _lock(description, options)
     recipe = _recipe(description, lock)
     library = Library(options.progress)
-    if description.name in library.names():
-        try:
-            present = library.find(description.name)
-            if present.manifest["recipe"] == recipe:
-                present.verify()
-                return present
-        except ImageError:
-            pass  # a damaged image is built again
+    if (present := _present(library, description.name, recipe)) is not None:
+        return present
     with Spool() as spool:
         inputs = _fetch(description, lock, options, spool)
         if read_lock(options.lock) != lock:
@@ -127,6 +122,15 @@ def build_image(description: Description, options: BuildOptions) -> Image:
             image = _publish(library, tree, description, lock, inputs, recipe, options.progress)
             bar.advance(1, "written")
     return image
+
+
+def _present(library: Library, name: str, recipe: str) -> Image | None:
+    """The image of this recipe, if it is built already; a damaged one is built again."""
+    with contextlib.suppress(ImageError):
+        if name in library.names() and (image := library.find(name)).manifest["recipe"] == recipe:
+            image.verify()
+            return image
+    return None
 
 
 def _lock(description: Description, options: BuildOptions) -> Lock:

@@ -7,20 +7,26 @@
 
 The identity of an image is the hash of its manifest, which has the hash of everything else; so two builds that gave the
 same bytes are the same image. A name changes hands by one rename: whoever interrupts a build finds the image of before.
-An exported file is a gzip-compressed tar of these files, the manifest first.
+Whoever has an :class:`Image` holds a shared lock (flock(2)) on its directory, which stays until nobody does: an image
+that lost its name meanwhile is removed by the next one who adds or removes one. An exported file is a gzip-compressed
+tar of an image's files, the manifest first.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import gzip
 import hashlib
 import json
+import os
 import re
 import shutil
 import tarfile
+import weakref
 import zlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +58,25 @@ def image_files(format: str) -> set[str]:
     return {KERNEL, root_file(format)} | (set() if format == "initramfs" else {BOOT})
 
 
+class Hold:
+    """Keeps an image's files where they are, until nobody refers to it any more.
+
+    Args:
+        directory: of the image.
+
+    Raises:
+        FileNotFoundError: it is gone.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        weakref.finalize(self, os.close, descriptor)
+        # Whoever removes it has a lock of its own meanwhile.
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        if not os.path.samestat(os.fstat(descriptor), directory.stat()):
+            raise FileNotFoundError(directory)
+
+
 @dataclass(frozen=True)
 class Image:
     """An image on this machine.
@@ -60,11 +85,13 @@ class Image:
         identity: hash of the manifest.
         directory: where its files are.
         manifest: as the builder wrote it; see :mod:`kata_lab.image.build`.
+        hold: keeps the files for as long as the image is used.
     """
 
     identity: str
     directory: Path
     manifest: Mapping[str, Any]
+    hold: Hold | None = field(default=None, repr=False, compare=False)
 
     @property
     def name(self) -> str:
@@ -131,8 +158,7 @@ class Library:
         if not _NAME.fullmatch(name):
             raise ImageError(f"{name!r} cannot be the name of an image: it has small letters, digits and '-'")
         try:
-            identity = json.loads((self.directory / f"{name}.json").read_bytes())["id"]
-            return self._load(identity)
+            return self._named(name)
         except FileNotFoundError:
             raise ImageError(
                 f"there is no image {name!r} on this machine ({', '.join(self.names()) or 'there is none at all'}): "
@@ -141,8 +167,20 @@ class Library:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ImageError(f"the image {name!r} cannot be read ({error}): build it again") from error
 
+    def _named(self, name: str) -> Image:
+        """An image by name, also while the name goes to another one."""
+        gone = ""
+        while True:
+            identity = json.loads((self.directory / f"{name}.json").read_bytes())["id"]
+            try:
+                return self._load(identity)
+            except FileNotFoundError:
+                if identity == gone:
+                    raise
+                gone = identity
+
     def add(self, manifest: dict[str, Any], files: Mapping[str, bytes | Iterable[bytes] | Path]) -> Image:
-        """Take in an image and give it its name; one that had the name is removed.
+        """Take in an image and give it its name; one that had the name is removed once nobody uses it.
 
         Args:
             manifest: without ``files``, which is added here.
@@ -168,7 +206,7 @@ class Library:
             return self._publish(new, text, str(manifest["name"]), partial)
 
     def remove(self, name: str) -> None:
-        """Forget an image and remove its files.
+        """Forget an image, and remove its files once nobody uses them.
 
         Raises:
             ImageError: there is no such image.
@@ -234,10 +272,11 @@ class Library:
         if not isinstance(identity, str) or not _IDENTITY.fullmatch(identity):
             raise ValueError(f"{identity!r} is no identity")
         directory = self.directory / identity
+        hold = Hold(directory)
         text = (directory / MANIFEST).read_bytes()
         if _identity(text) != identity:
             raise ValueError("its manifest was changed")
-        image = Image(identity, directory, json.loads(text))
+        image = Image(identity, directory, json.loads(text), hold)
         if image.manifest["format"] != FORMAT:
             raise ValueError(f"it has format {image.manifest['format']!r}, and this version reads {FORMAT}")
         for name, written in image.manifest["files"].items():
@@ -248,15 +287,24 @@ class Library:
     def _publish(self, new: Path, text: bytes, name: str, partial: Path) -> Image:
         write_synced(new / MANIFEST, text)
         identity = _identity(text)
-        publish(new, self.directory / identity)
+        if not self._has(identity):
+            publish(new, self.directory / identity)
         pointer = partial / "pointer"
         write_synced(pointer, json.dumps({"format": FORMAT, "id": identity}).encode())
         publish(pointer, self.directory / f"{name}.json")
         self._sweep()
         return self._load(identity)
 
+    def _has(self, identity: str) -> bool:
+        """Whether an image is here as it should be, though perhaps without a name."""
+        try:
+            self._load(identity).verify()
+        except (OSError, ValueError, ImageError):
+            return False
+        return True
+
     def _sweep(self) -> None:
-        """Remove images that have no name any more."""
+        """Remove images that have no name any more and that nobody uses."""
         kept = set()
         for pointer in self.directory.glob("*.json"):
             try:
@@ -265,7 +313,17 @@ class Library:
                 continue
         for path in self.directory.iterdir():
             if _IDENTITY.fullmatch(path.name) and path.name not in kept:
-                shutil.rmtree(path, ignore_errors=True)
+                _remove_unused(path)
+
+
+def _remove_unused(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(directory, ignore_errors=True)
+    finally:
+        os.close(descriptor)
 
 
 def _identity(manifest: bytes) -> str:

@@ -40,6 +40,7 @@ from kata_lab.ttrpc import RpcError
 from vmm.config import BlockConfig, DeviceConfig, EntropyConfig, FsConfig, VsockConfig
 
 if TYPE_CHECKING:
+    from kata_lab.image.library import Image
     from kata_lab.oci import ImageHandle
 
 START_VM_SECONDS: Final = 10.0
@@ -80,6 +81,7 @@ class Sandbox:
         self._order = asyncio.Lock()
         self._shares = ShareTable(hypervisor)
         self._disks: dict[str, str] = {}  # image → serial number
+        self._image: Image | None = None  # whose files are held until the VM is made of them
         self._watches: set[asyncio.Task[None]] = set()
         self._starting: asyncio.Task[None] | None = None
         self._ending: asyncio.Task[None] | None = None
@@ -195,6 +197,7 @@ class Sandbox:
         self._undo.push_async_callback(self.hypervisor.cleanup)
         await self.hypervisor.prepare_vm(preparing.result())
         await self.hypervisor.start_vm(START_VM_SECONDS)
+        self._image = None
         self.mark("VM runs")
         async with asyncio.TaskGroup() as group:
             group.create_task(asyncio.to_thread(_import_oci))
@@ -233,7 +236,7 @@ class Sandbox:
         from kata_lab.image.build import build_named
 
         # This may take minutes, and leaves nothing in the sandbox's directory: a cancellation does not wait for it.
-        image = await asyncio.to_thread(build_named, self.config.image)
+        image = self._image = await asyncio.to_thread(build_named, self.config.image)
         devices: list[DeviceConfig] = [
             VsockConfig(name="agent", socket=self.directory / "vsock"),
             FsConfig(name="shared", tag="kataShared", cache="auto"),

@@ -6,7 +6,10 @@ import gzip
 import hashlib
 import io
 import json
+import subprocess
+import sys
 import tarfile
+import threading
 from pathlib import Path
 
 import pytest
@@ -60,11 +63,73 @@ def test_name_that_is_a_path_is_refused(home: Path) -> None:
 
 
 def test_new_image_takes_the_name_and_the_old_one_is_removed(home: Path) -> None:
-    old = add()
+    old = add().directory
     new = add(root=b"another root")
 
     assert Library().find("tiny") == new
-    assert not old.directory.exists()
+    assert not old.exists()
+
+
+def test_replaced_image_stays_while_somebody_uses_it_and_goes_with_the_next_change(home: Path) -> None:
+    used = add()
+    add(root=b"another root")
+    used.verify()
+    place = used.directory
+
+    del used
+    add(root=b"a third root")
+
+    assert not place.exists()
+
+
+def test_image_that_another_process_uses_stays_until_that_ends(home: Path) -> None:
+    place = add().directory
+    code = (
+        "import sys; from kata_lab.image.library import Library\n"
+        "image = Library().find('tiny'); print('found', flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as user:
+        assert user.stdout is not None
+        assert user.stdout.readline() == b"found\n"
+        Library().remove("tiny")
+        while_used = sorted(each.name for each in place.iterdir())
+        user.kill()
+    add(root=b"another root")
+
+    assert while_used == ["kernel", "manifest.json", "root.cpio"]
+    assert not place.exists()
+
+
+def test_image_built_again_as_it_was_is_not_replaced_while_it_is_used(home: Path) -> None:
+    used = add()
+    before = used.kernel.stat()
+
+    assert add() == used
+    assert used.kernel.stat().st_ino == before.st_ino
+
+
+def test_damaged_image_built_again_is_whole(home: Path) -> None:
+    add().root.write_bytes(b"toor")
+
+    add().verify()
+
+
+def test_image_is_found_while_its_name_goes_to_others(home: Path) -> None:
+    add(root=b"0" * 100)
+    over = threading.Event()
+
+    def replace() -> None:
+        for number in range(60):
+            add(root=bytes([48 + number % 2]) * 100)
+        over.set()
+
+    thread = threading.Thread(target=replace)
+    thread.start()
+    try:
+        while not over.is_set():
+            assert len(Library().find("tiny").root.read_bytes()) == 100
+    finally:
+        thread.join()
 
 
 def test_interrupted_replacement_leaves_the_previous_image(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,11 +148,11 @@ def test_interrupted_replacement_leaves_the_previous_image(home: Path, monkeypat
 
 
 def test_removed_image_is_gone(home: Path) -> None:
-    image = add()
+    place = add().directory
     Library().remove("tiny")
 
     assert Library().names() == []
-    assert not image.directory.exists()
+    assert not place.exists()
 
 
 def test_damaged_image_is_noticed(home: Path) -> None:

@@ -25,7 +25,12 @@ class Loop:
         self._thread.start()
 
     def __call__(self, work: Coroutine[Any, Any, T], seconds: float = SECONDS) -> T:
-        return asyncio.run_coroutine_threadsafe(asyncio.wait_for(work, seconds), self._loop).result()
+        future = asyncio.run_coroutine_threadsafe(asyncio.wait_for(work, seconds), self._loop)
+        try:
+            return future.result()
+        finally:
+            # Of a test that was cut short.
+            future.cancel()
 
     def close(self) -> None:
         # Which would wait for its threads however long they take.
@@ -74,8 +79,8 @@ def loop() -> Iterator[Loop]:
 @pytest.fixture(scope="module")
 def guest(loop: Loop) -> Iterator[Guest]:
     sandbox = Sandbox.create()
-    loop(sandbox.start())
     try:
+        loop(sandbox.start())
         yield Guest(sandbox, loop)
     finally:
         loop(sandbox.stop())
