@@ -30,6 +30,8 @@ class HypervisorConfig:
         cmdline: the kernel's command line.
         vcpus: how many.
         memory_mib: how much memory.
+        max_vcpus: how many there can be while it runs; None for no more.
+        max_memory_mib: how much memory there can be while it runs; None for no more.
         devices: in the order in which the guest finds them; one of them is the vsock device ``agent``.
         milestones: name → pattern of a console line, for the start time line.
         trace: count exits.
@@ -40,6 +42,8 @@ class HypervisorConfig:
     cmdline: str
     vcpus: int = 1
     memory_mib: int = 256
+    max_vcpus: int | None = None
+    max_memory_mib: int | None = None
     devices: Sequence[DeviceConfig] = ()
     milestones: dict[str, str] = field(default_factory=dict)
     trace: bool = False
@@ -101,6 +105,44 @@ class Hypervisor(abc.ABC):
     @abc.abstractmethod
     async def remove_share(self, name: str) -> None:
         """Undo :meth:`add_share`."""
+
+    @abc.abstractmethod
+    async def resize_vcpu(self, vcpus: int) -> int:
+        """Have that many vCPUs, all online in the guest; how many there are now.
+
+        Raises:
+            HypervisorError: there cannot be as many; there are as many as before.
+        """
+
+    @abc.abstractmethod
+    async def resize_memory(self, memory_mib: int) -> int:
+        """Have that much memory; how much there is now, in MiB.
+
+        Raises:
+            HypervisorError: there cannot be as much, or the guest does not give up so much; it is as before.
+        """
+
+    @abc.abstractmethod
+    async def add_device(self, device: DeviceConfig) -> str:
+        """Plug a disk, a network interface or a shared directory into the running guest; its name.
+
+        Returns when the guest's driver has it.
+
+        Raises:
+            HypervisorError: it cannot be; all is as before.
+        """
+
+    @abc.abstractmethod
+    async def update_device(self, name: str) -> None:
+        """Have the guest see the new size of a disk whose file has grown."""
+
+    @abc.abstractmethod
+    async def remove_device(self, name: str) -> None:
+        """Undo :meth:`add_device`.
+
+        Raises:
+            HypervisorError: there is none of that name, or the guest uses it; all is as before.
+        """
 
     @abc.abstractmethod
     def ended(self) -> str | None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from kata_lab.hypervisor.base import Hypervisor, HypervisorConfig, HypervisorError
 from vmm import actions
-from vmm.config import ConsoleConfig, VmConfig
+from vmm.config import ConsoleConfig, DeviceConfig, VmConfig
 from vmm.errors import VmmError
 
 if TYPE_CHECKING:
@@ -63,6 +63,8 @@ class FusedHypervisor(Hypervisor):
                     cmdline=config.cmdline,
                     vcpus=config.vcpus,
                     memory_mib=config.memory_mib,
+                    max_vcpus=config.max_vcpus,
+                    max_memory_mib=config.max_memory_mib,
                     devices=tuple(config.devices),
                     console=ConsoleConfig(milestones=config.milestones),
                     trace=config.trace,
@@ -108,6 +110,21 @@ class FusedHypervisor(Hypervisor):
         with _told():
             self._share.remove(name)
 
+    async def resize_vcpu(self, vcpus: int) -> int:
+        return (await self._ask(actions.ResizeVcpu(vcpus))).vcpus
+
+    async def resize_memory(self, memory_mib: int) -> int:
+        return (await self._ask(actions.ResizeMemory(memory_mib))).memory_mib
+
+    async def add_device(self, device: DeviceConfig) -> str:
+        return (await self._ask(insertion(device))).name
+
+    async def update_device(self, name: str) -> None:
+        await self._ask(actions.UpdateBlockDevice(name))
+
+    async def remove_device(self, name: str) -> None:
+        await self._ask(removal(self.vm.config, name))
+
     def ended(self) -> str | None:
         end = self.vm.end
         return None if end is None else end.detail
@@ -143,6 +160,37 @@ class FusedHypervisor(Hypervisor):
     async def _ask(self, action: actions.VmmAction[AnswerT]) -> AnswerT:
         with _told():
             return await asyncio.wrap_future(self.vm.request(action))
+
+
+def insertion(device: DeviceConfig) -> actions.InsertDevice:
+    """The action that plugs a device in.
+
+    Raises:
+        HypervisorError: no device of that kind can come while the guest runs.
+    """
+    for action in (actions.InsertBlockDevice, actions.InsertNetworkDevice, actions.InsertFsDevice):
+        if isinstance(device, action.KIND):
+            return action(device)
+    raise HypervisorError(
+        f"a device of kind {device.KIND!r} cannot come to a guest that runs: it must be a disk (blk), a network"
+        " interface (net) or a shared directory (fs)"
+    )
+
+
+def removal(config: VmConfig, name: str) -> actions.RemoveDevice:
+    """The action that takes a device of a VM away.
+
+    Raises:
+        HypervisorError: there is none of that name, or it is of a kind that stays.
+    """
+    device = next((each for each in config.devices if each.name == name), None)
+    if device is None:
+        known = ", ".join(each.name for each in config.devices)
+        raise HypervisorError(f"the sandbox has no device {name!r}; it has {known}")
+    for action in (actions.RemoveBlockDevice, actions.RemoveNetworkDevice, actions.RemoveFsDevice):
+        if isinstance(device, action.KIND):
+            return action(name)
+    raise HypervisorError(f"device {name!r} is of kind {device.KIND!r}, which stays for as long as the guest runs")
 
 
 @contextlib.contextmanager

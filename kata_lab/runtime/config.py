@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 from kata_lab.runtime.errors import RuntimeFault
@@ -34,10 +35,15 @@ class SandboxConfig:
         image: the guest's image, by the name of its description.
         vcpus: 1 to 32.
         memory_mib: the guest's memory.
+        max_vcpus: vCPUs that it can have while it runs, for its containers or by ``resize``; None for no more.
+        max_memory_mib: memory that it can have while it runs; None for no more. The guest boots with all of it and
+            gives up the difference at once, which costs time.
         rootfs: how root file systems of OCI images get into the guest, ``"split"``, ``"fs"`` or ``"block"``
             (:mod:`kata_lab.resource.rootfs`).
         images: with ``"block"``, the OCI images that containers may have: their disks are there when the VM starts.
         network: its network interface, or None for loopback alone.
+        scratch: file of the disk for what containers write, made if there is none, which outlives the sandbox; None for
+            a disk that goes with it.
         hostname: the guest's; the sandbox's name if empty.
         shared_pid_namespace: all containers see one another's processes, as in a pod that says so.
         append: words to add to the kernel's command line.
@@ -48,9 +54,12 @@ class SandboxConfig:
     image: str = "lifsea"
     vcpus: int = 1
     memory_mib: int = 256
+    max_vcpus: int | None = None
+    max_memory_mib: int | None = None
     rootfs: str = "split"
     images: tuple[str, ...] = ()
     network: NetworkConfig | None = None
+    scratch: Path | None = None
     hostname: str = ""
     shared_pid_namespace: bool = False
     append: str = ""

@@ -40,15 +40,22 @@ class Container:
         container_id: its name.
         spec: its OCI runtime configuration.
         release: gives back what the host holds for it, once it is removed.
+        changed: called when its limits have changed.
     """
 
     def __init__(
-        self, agent: AgentClient, container_id: str, spec: Mapping[str, Any], release: Callable[[], Awaitable[None]]
+        self,
+        agent: AgentClient,
+        container_id: str,
+        spec: Mapping[str, Any],
+        release: Callable[[], Awaitable[None]],
+        changed: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
         self._agent = agent
         self.id = container_id
         self.spec = spec
         self._release = release
+        self._changed = changed
         self._state = ContainerState.CREATED
         self._exec_numbers = itertools.count(1)
         self._order = asyncio.Lock()
@@ -176,12 +183,19 @@ class Container:
 
         described = dict(resources)
         check_resources(described)
-        await completed(self._update(agent_resources(described)))
+        await completed(self._update(described, agent_resources(described)))
 
-    async def _update(self, resources: Mapping[str, Any]) -> None:
+    async def _update(self, described: Mapping[str, Any], resources: Mapping[str, Any]) -> None:
         async with self._order:
             self._require("updated", ContainerState.CREATED, ContainerState.RUNNING, ContainerState.PAUSED)
             await self._agent.call("UpdateContainer", CALL_SECONDS, container_id=self.id, resources=resources)
+            linux = self.spec.get("linux") or {}
+            merged = {**(linux.get("resources") or {})}
+            for name, value in described.items():
+                merged[name] = {**(merged.get(name) or {}), **value} if isinstance(value, Mapping) else value
+            self.spec = {**self.spec, "linux": {**linux, "resources": merged}}
+        if self._changed is not None:
+            await self._changed()
 
     async def stats(self) -> dict[str, Any]:
         """What it uses: the agent's ``StatsContainerResponse``."""

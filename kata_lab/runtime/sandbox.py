@@ -28,6 +28,8 @@ from kata_lab.hypervisor.base import Hypervisor, HypervisorConfig
 from kata_lab.resource.network import network_behind_passt
 from kata_lab.resource.rootfs import BlockRoot, DirectoryRoot, LayeredRoot, RootFs
 from kata_lab.resource.scratch import SERIAL, make_scratch
+from kata_lab.resource.sizing import SandboxSize
+from kata_lab.runtime.capacity import Capacity
 from kata_lab.runtime.completion import completed, ended
 from kata_lab.runtime.config import RunResult, SandboxConfig, SandboxState
 from kata_lab.runtime.container import Container, ContainerState
@@ -80,6 +82,9 @@ class Sandbox:
         self._undo = contextlib.AsyncExitStack()
         self._order = asyncio.Lock()
         self._shares = ShareTable(hypervisor)
+        size = SandboxSize(self.config.vcpus, self.config.memory_mib)
+        most = SandboxSize(self.config.max_vcpus or size.vcpus, self.config.max_memory_mib or size.memory_mib)
+        self._capacity = Capacity(size, most, hypervisor, self.log)
         self._disks: dict[str, str] = {}  # image → serial number
         self._image: Image | None = None  # whose files are held until the VM is made of them
         self._watches: set[asyncio.Task[None]] = set()
@@ -237,13 +242,15 @@ class Sandbox:
 
         # This may take minutes, and leaves nothing in the sandbox's directory: a cancellation does not wait for it.
         image = self._image = await asyncio.to_thread(build_named, self.config.image)
+        scratch = self.config.scratch or self.directory / "scratch"
         devices: list[DeviceConfig] = [
             VsockConfig(name="agent", socket=self.directory / "vsock"),
             FsConfig(name="shared", tag="kataShared", cache="auto"),
-            BlockConfig(name="scratch", path=self.directory / "scratch", format="overlay", serial=SERIAL),
+            BlockConfig(name="scratch", path=scratch, format="overlay", serial=SERIAL),
             EntropyConfig(name="entropy"),
         ]
-        await completed(asyncio.to_thread(make_scratch, self.directory / "scratch"))
+        if self.config.scratch is None or not scratch.exists():
+            await completed(asyncio.to_thread(make_scratch, scratch))
         for reference in self.config.images:
             devices.append(await asyncio.to_thread(self._prepare_disk, reference))
         if self.config.network is not None:
@@ -254,6 +261,8 @@ class Sandbox:
             cmdline=f"{image.append} {self.config.append}".strip(),
             vcpus=self.config.vcpus,
             memory_mib=self.config.memory_mib,
+            max_vcpus=self.config.max_vcpus,
+            max_memory_mib=self.config.max_memory_mib,
             devices=devices,
             trace=self.config.trace,
         )
@@ -315,6 +324,8 @@ class Sandbox:
             if name in self.containers:
                 raise RuntimeFault(f"sandbox {self.id} has a container {name!r} already; choose another name")
             async with contextlib.AsyncExitStack() as undo:
+                undo.push_async_callback(self._settle)
+                await self._capacity.admit((*self._specs(), spec))
                 attached = await rootfs.attach(name, self._shares)
                 for shared in attached.shares:
                     undo.push_async_callback(self._shares.unshare, shared)
@@ -333,7 +344,8 @@ class Sandbox:
                 if held is not None:
                     undo.push_async_callback(held.pop_all().aclose)
                 kept = undo.pop_all()
-            container = Container(self.agent, name, spec, functools.partial(self._forget, name, kept))
+            release = functools.partial(self._forget, name, kept)
+            container = Container(self.agent, name, spec, release, self._settle)
             self.containers[name] = container
             self._write_record()
         self.log.info("container created", extra={"container": name})
@@ -436,6 +448,62 @@ class Sandbox:
             return DirectoryRoot(place, override_stat=image.override_stat)
         layers = await asyncio.to_thread(image.layers)
         return LayeredRoot(layers, image.override_stat, image.overlay_options)
+
+    # Its size, and what is plugged in.
+
+    @property
+    def size(self) -> SandboxSize:
+        """What it has now."""
+        return self._capacity.size
+
+    async def resize(self, vcpus: int | None = None, memory_mib: int | None = None) -> SandboxSize:
+        """Have so many vCPUs and so much memory, or more where the limits of its containers say so.
+
+        Args:
+            vcpus: 1 to the configuration's ``max_vcpus``; None for as many as before.
+            memory_mib: up to ``max_memory_mib``; None for as much as before.
+
+        Returns:
+            What there is now; the guest has it.
+
+        Raises:
+            RuntimeFault: it does not run, or cannot have that; it is as before.
+        """
+        self._require_running("resized")
+        return await self._capacity.resize(vcpus, memory_mib, self._specs())
+
+    async def add_device(self, device: DeviceConfig) -> str:
+        """Plug in a disk, a network interface or a shared directory.
+
+        Args:
+            device: a BlockConfig, NetworkConfig or FsConfig of :mod:`vmm.config`.
+
+        Returns:
+            What :meth:`remove_device` calls it; the guest's driver has it.
+
+        Raises:
+            RuntimeFault: it does not run.
+            HypervisorError: the device cannot come; all is as before.
+        """
+        self._require_running("given a device")
+        return await self._capacity.add_device(device)
+
+    async def remove_device(self, name: str) -> None:
+        """Undo :meth:`add_device`.
+
+        Raises:
+            RuntimeFault: it does not run.
+            HypervisorError: there is none of that name, or the guest uses it; all is as before.
+        """
+        self._require_running("relieved of a device")
+        await self._capacity.remove_device(name)
+
+    def _specs(self) -> list[Mapping[str, Any]]:
+        return [each.spec for each in self.containers.values()]
+
+    async def _settle(self) -> None:
+        if self._state is SandboxState.RUNNING and not self.paused:
+            await self._capacity.settle(self._specs())
 
     # Pause, and the end.
 

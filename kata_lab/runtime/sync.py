@@ -25,6 +25,8 @@ from kata_lab.runtime.errors import RuntimeFault
 
 if TYPE_CHECKING:
     from kata_lab.oci import ImageHandle
+    from kata_lab.resource.sizing import SandboxSize
+    from vmm.config import DeviceConfig
 
 T = TypeVar("T")
 
@@ -246,6 +248,23 @@ class Sandbox:
     ) -> SyncContainer:
         """Create a container of an OCI image."""
         return SyncContainer(_LOOP.wait(self.asynchronous.new_container(args, image, **wishes)))
+
+    @property
+    def size(self) -> SandboxSize:
+        """What it has now."""
+        return self.asynchronous.size
+
+    def resize(self, vcpus: int | None = None, memory_mib: int | None = None) -> SandboxSize:
+        """Have so many vCPUs and so much memory; see :meth:`kata_lab.runtime.sandbox.Sandbox.resize`."""
+        return _LOOP.wait(self.asynchronous.resize(vcpus, memory_mib))
+
+    def add_device(self, device: DeviceConfig) -> str:
+        """Plug in a disk, a network interface or a shared directory; its name."""
+        return _LOOP.wait(self.asynchronous.add_device(device))
+
+    def remove_device(self, name: str) -> None:
+        """Undo :meth:`add_device`."""
+        _LOOP.wait(self.asynchronous.remove_device(name))
 
     def pause(self) -> None:
         """Stop the whole guest until :meth:`resume`."""

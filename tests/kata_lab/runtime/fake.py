@@ -12,6 +12,7 @@ from typing import Any
 from kata_lab.agent.client import AGENT, HEALTH, INTERFACE, RPC_PORT
 from kata_lab.hypervisor import Hypervisor, HypervisorConfig, HypervisorError
 from kata_lab.ttrpc import RpcError, Server, StatusCode
+from vmm.config import DeviceConfig
 
 
 class Hang:
@@ -82,6 +83,8 @@ class FakeHypervisor(Hypervisor):
         self.faults = faults
         self.agent = FakeAgent(faults)
         self.shares: dict[str, Path] = {}
+        self.resizes: list[tuple[str, int]] = []
+        self.plugged: list[str] = []
         self.prepared = self.running = self.cleaned = False
         self._end: asyncio.Future[str] | None = None
         self._serving: set[asyncio.Task[None]] = set()
@@ -156,6 +159,28 @@ class FakeHypervisor(Hypervisor):
 
     async def remove_share(self, name: str) -> None:
         del self.shares[name]
+
+    async def resize_vcpu(self, vcpus: int) -> int:
+        await suffer(self.faults.get("resize_vcpu"))
+        self.resizes.append(("vcpus", vcpus))
+        return vcpus
+
+    async def resize_memory(self, memory_mib: int) -> int:
+        await suffer(self.faults.get("resize_memory"))
+        self.resizes.append(("memory_mib", memory_mib))
+        return memory_mib
+
+    async def add_device(self, device: DeviceConfig) -> str:
+        await suffer(self.faults.get("add_device"))
+        self.plugged.append(device.name)
+        return device.name
+
+    async def update_device(self, name: str) -> None:
+        assert name in self.plugged
+
+    async def remove_device(self, name: str) -> None:
+        await suffer(self.faults.get("remove_device"))
+        self.plugged.remove(name)
 
     def ended(self) -> str | None:
         return self._end.result() if self._end is not None and self._end.done() else None
