@@ -31,6 +31,7 @@ def add_commands(commands: Any, parser_class: type[argparse.ArgumentParser]) -> 
     _add_creating(add)
     _add_running(add)
     _add_managing(add)
+    _add_hotplug(commands, parser_class)
     _add_pod(commands, parser_class)
 
 
@@ -70,6 +71,10 @@ def _add_creating(add: Add) -> None:
         )
         parser.add_argument("--cpus", type=float, metavar="N", help="processors that it may use, such as 1.5")
         parser.add_argument("-m", "--memory", metavar="SIZE", help="memory that it may use, such as 64m")
+        parser.add_argument(
+            "--max-cpus", type=_count, metavar="N", help="vCPUs that its sandbox can have while it runs (hotplug)"
+        )
+        parser.add_argument("--max-memory", metavar="SIZE", help="memory that its sandbox can have while it runs")
         parser.add_argument("--read-only", action="store_true", help="its root cannot be written to")
         parser.add_argument(
             "--tmpfs", action="append", default=[], metavar="DST[:OPTIONS]", help="a directory in memory"
@@ -159,6 +164,38 @@ def _add_managing(add: Add) -> None:
         parser.add_argument("names", nargs="+", metavar="CONTAINER")
 
 
+def _add_hotplug(commands: Any, parser_class: type[argparse.ArgumentParser]) -> None:
+    hotplug = commands.add_parser("hotplug", help="change the sandbox of a container while it runs")
+    actions = hotplug.add_subparsers(title="actions", dest="action", required=True, parser_class=parser_class)
+
+    def add(name: str, told: str, work: str) -> argparse.ArgumentParser:
+        parser: argparse.ArgumentParser = actions.add_parser(
+            name, help=told, description=told[0].upper() + told[1:] + ".", allow_abbrev=False
+        )
+        parser.add_argument("name", metavar="CONTAINER", help="one in the sandbox")
+        parser.set_defaults(run=_later(f"hotplug.{work}", starts=False))
+        return parser
+
+    resize = add("resize", "change vCPUs and memory, as far as --max-cpus and --max-memory allowed", "resize")
+    resize.add_argument("--cpus", type=_count, metavar="N", help="how many vCPUs")
+    resize.add_argument("-m", "--memory", metavar="SIZE", help="how much memory, such as 512m")
+    disk = add("add-disk", "plug in a file as a disk, and print the device's name", "add_disk")
+    disk.add_argument("file", metavar="FILE", help="its contents, raw")
+    disk.add_argument("--serial", default="", help="its serial number as the guest sees it")
+    share = add("add-share", "share a directory (mount -t virtiofs TAG ...), and print the device's name", "add_share")
+    share.add_argument("directory", metavar="DIR")
+    share.add_argument("tag", metavar="TAG", help="what the guest calls it")
+    net = add("add-net", "plug in a network interface (passt), and print the device's name", "add_net")
+    for parser in (disk, share, net):
+        parser.add_argument("--name", dest="device", default="", metavar="DEVICE", help="(default: made up)")
+    for parser in (disk, share):
+        parser.add_argument("--read-only", action="store_true", help="the guest cannot write to it")
+    remove = add("rm", "take a device away", "remove")
+    remove.add_argument("device", metavar="DEVICE")
+    listing = add("ls", "show vCPUs, memory and what was plugged in", "show")
+    listing.add_argument("--json", action="store_true", help="print plain data")
+
+
 def _add_pod(commands: Any, parser_class: type[argparse.ArgumentParser]) -> None:
     pod = commands.add_parser("pod", help="run pods as Kubernetes describes them, a subset")
     actions = pod.add_subparsers(title="actions", dest="action", required=True, parser_class=parser_class)
@@ -173,6 +210,12 @@ def _add_pod(commands: Any, parser_class: type[argparse.ArgumentParser]) -> None
     delete.add_argument("names", nargs="*", metavar="POD")
     for parser, work in ((apply, "pod.apply"), (get, "pod.get"), (delete, "pod.delete")):
         parser.set_defaults(run=_later(work, starts=False))
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of vCPUs: give a whole one, from 1")
+    return int(text)
 
 
 def _lines(text: str) -> int | None:

@@ -312,6 +312,20 @@ def _network(options: argparse.Namespace) -> dict[str, Any] | None:
     return {"backend": "passt", "forwards": [_forward(each) for each in options.publish]}
 
 
+def _room(options: argparse.Namespace) -> dict[str, int]:
+    """What the sandbox can have while it runs, as fields of a SandboxConfig."""
+    if options.pod and (options.max_cpus is not None or options.max_memory is not None):
+        raise UsageError("a pod's sandbox runs already: leave --max-cpus and --max-memory out with --pod")
+    room = {}
+    if options.max_cpus is not None:
+        room["max_vcpus"] = options.max_cpus
+    if options.max_memory is not None:
+        from kata_lab.oci import parse_size
+
+        room["max_memory_mib"] = parse_size(options.max_memory) >> 20
+    return room
+
+
 def _forward(text: str) -> str:
     ports, _, protocol = text.partition("/")
     found = _PUBLISHED.fullmatch(ports)
@@ -361,6 +375,8 @@ def _record(options: argparse.Namespace) -> ContainerRecord:
     request["args"], request["wishes"] = words, wishes
     if (network := _network(options)) is not None:
         request["network"] = network
+    if room := _room(options):
+        request["room"] = room
     sandbox, pod = _shared_sandbox(options.pod) if options.pod else ("", "")
     return ContainerRecord(
         id="",

@@ -44,6 +44,7 @@ class Capacity:
         self._hypervisor = hypervisor
         self._log = log
         self._order = asyncio.Lock()
+        self.plugged: dict[str, DeviceConfig] = {}
 
     @property
     def size(self) -> SandboxSize:
@@ -120,11 +121,23 @@ class Capacity:
 
     async def add_device(self, device: DeviceConfig) -> str:
         """See :meth:`kata_lab.runtime.sandbox.Sandbox.add_device`."""
-        return await completed(self._hypervisor.add_device(device))
+        return await completed(self._plug(device))
+
+    async def _plug(self, device: DeviceConfig) -> str:
+        name = await self._hypervisor.add_device(device)
+        self.plugged[name] = device
+        return name
 
     async def remove_device(self, name: str) -> None:
         """See :meth:`kata_lab.runtime.sandbox.Sandbox.remove_device`."""
-        await completed(self._hypervisor.remove_device(name))
+        if name not in self.plugged:
+            known = ", ".join(self.plugged) or "none"
+            raise RuntimeFault(f"no device {name!r} was plugged into the sandbox while it ran; there is {known}")
+        await completed(self._unplug(name))
+
+    async def _unplug(self, name: str) -> None:
+        await self._hypervisor.remove_device(name)
+        self.plugged.pop(name, None)
 
 
 def _larger(one: SandboxSize, other: SandboxSize) -> SandboxSize:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from kata_lab.errors import KataLabError
@@ -14,6 +15,8 @@ from kata_lab.shim.output_log import LogFollower, Piece
 from kata_lab.shim.task import TaskProcess
 from kata_lab.ttrpc import RpcError, StatusCode
 from kata_lab.ttrpc.server import Call, Handler
+from vmm.config import BlockConfig, DeviceConfig, FsConfig, NetworkConfig
+from vmm.errors import ConfigError
 
 if TYPE_CHECKING:
     from kata_lab.shim.shim import Shim
@@ -42,6 +45,10 @@ class LabService:
             "List": self._list,
             "Timeline": self._timeline,
             "Metrics": self._metrics,
+            "Resize": self._resize,
+            "AddDevice": self._add_device,
+            "RemoveDevice": self._remove_device,
+            "Devices": self._devices,
         }
 
     async def _create(self, request: dict[str, Any], call: Call) -> None:
@@ -104,6 +111,54 @@ class LabService:
 
     async def _metrics(self, request: dict[str, Any], call: Call) -> dict[str, Any]:
         return {"text": await metrics_text(self._shim)}
+
+    async def _resize(self, request: dict[str, Any], call: Call) -> dict[str, Any]:
+        await self._shim.sandbox.resize(request["vcpus"], request["memory_mib"])
+        return self._size()
+
+    async def _add_device(self, request: dict[str, Any], call: Call) -> dict[str, Any]:
+        try:
+            device = _device(request)
+        except ConfigError as error:
+            raise RpcError(StatusCode.INVALID_ARGUMENT, str(error)) from error
+        return {"name": await self._shim.sandbox.add_device(device)}
+
+    async def _remove_device(self, request: dict[str, Any], call: Call) -> None:
+        await self._shim.sandbox.remove_device(request["name"])
+
+    async def _devices(self, request: dict[str, Any], call: Call) -> dict[str, Any]:
+        plugged = self._shim.sandbox.plugged.items()
+        devices = [
+            {"name": name, "kind": device.KIND, "path": str(getattr(device, "path", None) or "")}
+            for name, device in plugged
+        ]
+        return {"size": self._size(), "devices": devices}
+
+    def _size(self) -> dict[str, int]:
+        sandbox = self._shim.sandbox
+        return {
+            "vcpus": sandbox.size.vcpus,
+            "memory_mib": sandbox.size.memory_mib,
+            "max_vcpus": sandbox.most.vcpus,
+            "max_memory_mib": sandbox.most.memory_mib,
+        }
+
+
+def _device(request: dict[str, Any]) -> DeviceConfig:
+    """The device that a client wishes for.
+
+    Raises:
+        ConfigError: there is none like that.
+    """
+    name, path, read_only = request["name"], request["path"], request["read_only"]
+    match request["kind"]:
+        case "blk":
+            return BlockConfig(name=name, path=Path(path), read_only=read_only, serial=request["serial"])
+        case "fs":
+            return FsConfig(name=name, path=Path(path), read_only=read_only, tag=request["tag"])
+        case "net":
+            return NetworkConfig(name=name, backend="passt")
+    raise ConfigError(f"a device of kind {request['kind']!r} cannot be added, it must be blk, fs or net")
 
 
 async def _take(process: TaskProcess, first: dict[str, Any], messages: AsyncIterator[dict[str, Any]]) -> None:
