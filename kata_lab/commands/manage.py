@@ -268,7 +268,7 @@ def remove(directory: ContainerDirectory, force: bool) -> None:
 
 
 def update(options: argparse.Namespace) -> int:
-    """Change the limits of containers that run."""
+    """Change the limits of containers; those of one that has stopped count when it is started again."""
     resources: dict[str, Any] = {}
     if options.cpus is not None:
         resources["cpu"] = {"quota": round(options.cpus * 100_000), "period": 100_000}
@@ -280,16 +280,24 @@ def update(options: argparse.Namespace) -> int:
     if not resources:
         raise UsageError("nothing is to be changed: give --cpus, or --memory")
     for name in options.names:
-        record = find_container(name).read()
-        if not record.live:
-            raise RecordError(f"container {record.name} has stopped and cannot be updated: start it first")
-
-        async def ask(client: ShimClient, container_id: str = record.id) -> None:
-            await client.update(container_id, resources)
-
-        _ask(record, ask)
+        directory = find_container(name)
+        with directory.locked():
+            _update(directory, resources)
         print(name)
     return 0
+
+
+def _update(directory: ContainerDirectory, resources: dict[str, Any]) -> None:
+    record = directory.read()
+    if record.live:
+        _ask(record, lambda client: client.update(record.id, resources))
+        return
+    from kata_lab.oci import check_resources
+    from kata_lab.shim.request import merged
+
+    check_resources(resources)
+    record.request["resources"] = merged(record.request.get("resources", {}), resources)
+    directory.write(record)
 
 
 def stats(options: argparse.Namespace) -> int:

@@ -14,7 +14,7 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final, Literal, Protocol
 
 SHARED: Final = "/run/kata-containers/shared/containers"  #: where the guest mounts the shared directory
 SCRATCH: Final = "/run/kata-containers/scratch"  #: where it mounts the disk for what containers write
@@ -32,6 +32,11 @@ class Shares(Protocol):
     async def unshare(self, name: str) -> None:
         """Undo one :meth:`share`."""
         ...
+
+
+Writes = Literal["own", "kept", "last"]
+"""What a container writes is its own, and gone with it; or kept for the next one of the same name and layers, which
+sees it; or there from the one before, and gone with this one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +64,13 @@ class LayeredRoot:
         layers: read-only directories of the host, the lowest first.
         override_stat: owner and mode of their files are in an extended attribute.
         options: with which the overlay must be mounted, besides its directories.
+        writes: what becomes of what the container writes.
     """
 
     layers: Sequence[Path]
     override_stat: bool = False
     options: Sequence[str] = ()
+    writes: Writes = "own"
 
     async def attach(self, container_id: str, shares: Shares) -> Attached:
         """Make it available to the guest."""
@@ -79,7 +86,11 @@ class LayeredRoot:
             for name in names:
                 await shares.unshare(name)
             raise
-        return _overlaid(container_id, lower, self.options, tuple(names))
+        if self.writes == "own":
+            return _overlaid(container_id, lower, self.options, tuple(names))
+        # Under what was written there must be the same files as before.
+        mark = hashlib.sha256(b"\0".join(map(bytes, self.layers))).hexdigest()[:8]
+        return _overlaid(container_id, lower, self.options, tuple(names), mark, self.writes == "kept")
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,13 +131,29 @@ class BlockRoot:
         return _overlaid(container_id, [f"{IMAGES}/{self.serial}"], (), ())
 
 
-def _overlaid(container_id: str, lower: Sequence[str], options: Sequence[str], shares: tuple[str, ...]) -> Attached:
-    """Directories of the guest, the lowest first, under what the container writes to the sandbox's disk."""
-    # What a container of the same name wrote before is not seen again.
-    place, own = f"{CONTAINERS}/{container_id}/rootfs", f"{SCRATCH}/{container_id}.{secrets.token_hex(4)}"
+def _overlaid(
+    container_id: str,
+    lower: Sequence[str],
+    options: Sequence[str],
+    shares: tuple[str, ...],
+    mark: str = "",
+    kept: bool = False,
+) -> Attached:
+    """Directories of the guest, the lowest first, under what the container writes to the sandbox's disk.
+
+    Args:
+        container_id: its name.
+        lower: the directories.
+        options: of the overlay.
+        shares: names to unshare.
+        mark: containers of one name and mark see what the others wrote; empty for one of its own.
+        kept: what is written stays when the container goes.
+    """
+    place, own = f"{CONTAINERS}/{container_id}/rootfs", f"{SCRATCH}/{container_id}.{mark or secrets.token_hex(4)}"
     directories = [f"lowerdir={':'.join(reversed(lower))}", f"upperdir={own}-upper", f"workdir={own}-work"]
     overlay = {
         "driver": "overlayfs",
+        "driver_options": ["keep"] if kept else [],
         "source": "overlay",
         "fstype": "overlay",
         "options": [*directories, *options],

@@ -1,5 +1,6 @@
 """The disk for what the containers of a sandbox write: an empty ext4 file system, the same for all, and what differs
-from it in an overlay file of each sandbox."""
+from it in an overlay file of each sandbox. One that outlives its sandbox has a journal, so that it can be mounted again
+after a sandbox that was killed."""
 
 from __future__ import annotations
 
@@ -14,16 +15,21 @@ from kata_lab.image.store import exclusive
 from kata_lab.paths import cache_directory
 
 SIZE: Final = 8 << 30  #: bytes; none of them is used on the host before the guest writes
+JOURNAL_MIB: Final = 8
 SERIAL: Final = "kata-scratch"
 _UUID: Final = "00000000-0000-4000-8000-00006b617461"  # the same bytes each time
 _OPTIONS: Final = (
-    *("-q", "-F", "-t", "ext4", "-m", "0", "-O", "^has_journal", "-U", _UUID),
+    *("-q", "-F", "-t", "ext4", "-m", "0", "-U", _UUID),
     *("-E", f"lazy_itable_init=1,nodiscard,hash_seed={_UUID}"),
 )
 
 
-def make_scratch(path: Path) -> None:
+def make_scratch(path: Path, lasting: bool = False) -> None:
     """Make the overlay file ``path`` of a new disk.
+
+    Args:
+        path: the file.
+        lasting: the disk outlives its sandbox; one that is there already is used again.
 
     Raises:
         KataLabError: mke2fs is missing or fails.
@@ -31,27 +37,31 @@ def make_scratch(path: Path) -> None:
     """
     from vmm.storage.overlay import create_overlay
 
-    create_overlay(path, _template(), durable=False)
+    # Also for a disk that is there: it lies over the template, and a cache may be emptied at any time.
+    template = _template(lasting)
+    if not (lasting and path.exists()):
+        create_overlay(path, template, durable=False)
 
 
-def _template() -> Path:
-    place = cache_directory() / "disks" / f"scratch-{SIZE >> 20}.ext4"
+def _template(journal: bool) -> Path:
+    place = cache_directory() / "disks" / f"scratch-{SIZE >> 20}{'-journal' if journal else ''}.ext4"
     if not place.exists():
         with exclusive(place.parent):
             if not place.exists():
                 partial = place.with_suffix(".partial")
-                make_ext4(partial, SIZE)
+                make_ext4(partial, SIZE, *(("-J", f"size={JOURNAL_MIB}") if journal else ()), journal=journal)
                 partial.rename(place)
     return place
 
 
-def make_ext4(path: Path, size: int, *options: str) -> None:
+def make_ext4(path: Path, size: int, *options: str, journal: bool = False) -> None:
     """Make a read-only file with an ext4 file system.
 
     Args:
         path: the file; one that is there is replaced.
         size: bytes; none of them is used on the host before something is written.
         options: more of mke2fs(8).
+        journal: it has one.
 
     Raises:
         KataLabError: mke2fs is missing or fails; the file is not there then.
@@ -60,7 +70,8 @@ def make_ext4(path: Path, size: int, *options: str) -> None:
     try:
         with path.open("wb") as file:
             file.truncate(size)
-        run_tool("mke2fs", *_OPTIONS, *options, os.fspath(path))
+        features = "has_journal" if journal else "^has_journal"
+        run_tool("mke2fs", *_OPTIONS, "-O", features, *options, os.fspath(path))
         path.chmod(0o400)
     except BaseException:
         path.unlink(missing_ok=True)

@@ -249,8 +249,7 @@ class Sandbox:
             BlockConfig(name="scratch", path=scratch, format="overlay", serial=SERIAL),
             EntropyConfig(name="entropy"),
         ]
-        if self.config.scratch is None or not scratch.exists():
-            await completed(asyncio.to_thread(make_scratch, scratch))
+        await completed(asyncio.to_thread(make_scratch, scratch, self.config.scratch is not None))
         for reference in self.config.images:
             devices.append(await asyncio.to_thread(self._prepare_disk, reference))
         if self.config.network is not None:

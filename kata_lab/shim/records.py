@@ -98,6 +98,8 @@ class ContainerDirectory:
         self.id = check_name("the container's id", container_id)
         self.path = containers_directory() / container_id
         self.log = self.path / "output.log"
+        #: The disk with what it wrote, from one start to the next.
+        self.scratch = self.path / "scratch"
 
     def read(self) -> ContainerRecord:
         """The record as it is now; one whose keeper is dead says that it has stopped.

@@ -5,7 +5,8 @@ A request is plain JSON, as a container's record keeps it::
     {"image": "busybox", "args": ["sh"], "env": ["A=1"], "wishes": {"tty": true, "memory": "64m"}, "restart": "never"}
 
 ``image`` names an OCI image; ``rootfs``, a directory, stands in its place, or ``bundle``, a directory with a
-``config.json`` that says everything. The fields of ``wishes`` are those of :class:`kata_lab.oci.Wishes`.
+``config.json`` that says everything. The fields of ``wishes`` are those of :class:`kata_lab.oci.Wishes`. ``resources``
+are limits that were changed later, as ``linux.resources`` of the OCI configuration.
 """
 
 from __future__ import annotations
@@ -67,6 +68,23 @@ def prepare(request: Mapping[str, Any]) -> Prepared:
     Raises:
         KataLabError: there is no such image, or a wish cannot be granted.
     """
+    prepared = _prepare(request)
+    if resources := request.get("resources"):
+        linux = prepared.spec.setdefault("linux", {})
+        linux["resources"] = merged(linux.get("resources") or {}, resources)
+    return prepared
+
+
+def merged(before: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Objects within objects, in which what is changed takes the place of what was."""
+    found = dict(before)
+    for name, value in changes.items():
+        earlier = before.get(name)
+        found[name] = merged(earlier, value) if isinstance(value, dict) and isinstance(earlier, dict) else value
+    return found
+
+
+def _prepare(request: Mapping[str, Any]) -> Prepared:
     if request.get("bundle"):
         return prepare_bundle(Path(request["bundle"]))
     from kata_lab.oci import ImageConfig, make_spec

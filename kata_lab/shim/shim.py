@@ -13,19 +13,20 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
 from kata_lab.errors import KataLabError
+from kata_lab.resource.rootfs import LayeredRoot
 from kata_lab.resource.sizing import size_for
 from kata_lab.runtime import Sandbox, SandboxConfig
 from kata_lab.runtime.state import ProcessIdentity
 from kata_lab.shim.hub import Hub
 from kata_lab.shim.output_log import OutputLog
 from kata_lab.shim.records import UNKNOWN_STATUS, ContainerDirectory, ContainerRecord
-from kata_lab.shim.request import Prepared, exec_process, prepare, prepare_bundle
+from kata_lab.shim.request import Prepared, exec_process, merged, prepare, prepare_bundle
 from kata_lab.shim.stdio import StdioPaths
 from kata_lab.shim.task import ExecTask, Task, TaskProcess
 from kata_lab.ttrpc import RpcError, StatusCode
@@ -107,29 +108,48 @@ class Shim:
             records = [each.read() for each in directories]
             prepared = []
             for record in records:
-                found = await asyncio.to_thread(prepare, _request(record))
-                self._prepared[record.id] = found
-                prepared.append(found)
+                prepared.append(await self._prepare(record))
             self._mark("root file systems ready")
             hostname = records[0].pod or records[0].name if records else ""
             network = next((each.request["network"] for each in records if each.request.get("network")), None)
-            await self._start_sandbox([each.spec for each in prepared], hostname, network)
+            own = next((each for each in records if each.id == self.id and keeps_writes(each)), None)
+            scratch = None if own is None else ContainerDirectory(own.id).scratch
+            room = records[0].request.get("room", {}) if records else {}
+            await self._start_sandbox([each.spec for each in prepared], hostname, network, scratch, room)
             for record in records:
                 await self.create_recorded(record.id)
         except BaseException:
             await self.stop()
             raise
 
+    async def _prepare(self, record: ContainerRecord) -> Prepared:
+        """What a container is made of; kept until it is removed."""
+        if record.id not in self._prepared:
+            found = await asyncio.to_thread(prepare, _request(record))
+            if isinstance(found.rootfs, LayeredRoot):
+                found = replace(found, rootfs=replace(found.rootfs, writes="kept" if keeps_writes(record) else "own"))
+            self._prepared[record.id] = found
+        return self._prepared[record.id]
+
     async def _start_sandbox(
-        self, specs: Sequence[dict[str, Any]], hostname: str, network: dict[str, Any] | None = None
+        self,
+        specs: Sequence[dict[str, Any]],
+        hostname: str,
+        network: dict[str, Any] | None = None,
+        scratch: Path | None = None,
+        room: Mapping[str, int] | None = None,
     ) -> None:
         size = size_for(specs)
+        room = room or {}
         config = SandboxConfig(
             id=self.id,
             vcpus=size.vcpus,
             memory_mib=size.memory_mib,
+            max_vcpus=max(room.get("max_vcpus", 0), size.vcpus),
+            max_memory_mib=max(room.get("max_memory_mib", 0), size.memory_mib),
             hostname=_host_name(hostname or self.id),
             network=None if network is None else NetworkConfig(**network),
+            scratch=scratch,
         )
         sandbox = self._make_sandbox(config)
         self._sandbox_began = time.monotonic()
@@ -205,9 +225,7 @@ class Shim:
             if before is not None:
                 before.release()
                 del self.tasks[container_id]
-            if container_id not in self._prepared:
-                self._prepared[container_id] = await asyncio.to_thread(prepare, _request(record))
-            prepared = self._prepared[container_id]
+            prepared = await self._prepare(record)
             container = await self.sandbox.create_container(prepared.spec, prepared.rootfs, container_id)
             log = OutputLog(directory.log)
             record.terminal = bool(prepared.spec["process"].get("terminal", False))
@@ -360,6 +378,12 @@ class Shim:
         task = self.find(task_id)
         async with task.order:
             await task.require("updated", "created", "running", "paused").update(resources)
+            if task.record is not None:
+                # For when it is started again.
+                linux = self._prepared[task_id].spec.setdefault("linux", {})
+                linux["resources"] = merged(linux.get("resources") or {}, resources)
+                task.record.request["resources"] = merged(task.record.request.get("resources", {}), resources)
+                await self._note(task)
 
     async def delete(self, task_id: str, exec_id: str = "") -> TaskProcess:
         """Forget a process that has ended, or was never started; the first one takes its container with it.
@@ -389,9 +413,22 @@ class Shim:
             self.tasks.pop(task_id, None)
             prepared = self._prepared.pop(task_id, None)
             if prepared is not None:
-                prepared.release()
+                try:
+                    await self._discard(task, prepared)
+                finally:
+                    prepared.release()
         self._end_if_idle()
         return task.process
+
+    async def _discard(self, task: Task, prepared: Prepared) -> None:
+        """Remove what a container wrote and kept, where that is on the disk of a sandbox that stays."""
+        root = prepared.rootfs
+        if self._sandbox is None or task.id == self.id or not isinstance(root, LayeredRoot) or root.writes != "kept":
+            return
+        with contextlib.suppress(KataLabError):
+            # Only the guest can: a container that keeps nothing takes it along.
+            last = await self._sandbox.create_container(prepared.spec, replace(root, writes="last"), task.id)
+            await last.remove()
 
     # The end of a container.
 
@@ -480,6 +517,11 @@ def _process_began() -> float:
     assert identity is not None
     age = time.clock_gettime(time.CLOCK_BOOTTIME) - identity.started / os.sysconf("SC_CLK_TCK")
     return time.monotonic() - age
+
+
+def keeps_writes(record: ContainerRecord) -> bool:
+    """Whether a container that is started again sees what it wrote; in a pod it begins anew, as in Kubernetes."""
+    return not record.auto_remove and not record.pod
 
 
 def _request(record: ContainerRecord) -> dict[str, Any]:

@@ -211,6 +211,28 @@ def test_killed_shim_takes_everything_with_it_and_the_container_starts_again(web
     assert json.loads(said("ps", "-a", "--json")) == []
 
 
+def test_container_that_is_started_again_has_what_it_wrote_and_its_limits(runtime_directory: Path) -> None:
+    script = "cat /written 2>/dev/null; echo $((40 + 2)) >> /written; cat /sys/fs/cgroup/memory.max; exec sleep 9999"
+    said("run", "-d", "--name", "twice", "-m", "64m", "busybox", "sh", "-c", script)
+    try:
+        until(lambda: said("logs", "twice") == f"{64 << 20}\n")
+        said("update", "-m", "48m", "twice")
+        said("stop", "-t", "0", "twice")
+        said("start", "twice")
+        until(lambda: said("logs", "twice").endswith(f"\n42\n{48 << 20}\n"))
+
+        # What a killed sandbox had on its disk is there again, too; a limit can be changed meanwhile.
+        said("exec", "twice", "sync")
+        os.kill(inspected("twice")["shim"]["pid"], signal.SIGKILL)
+        until(lambda: str(inspected("twice")["state"]) == "stopped")
+        said("update", "-m", "56m", "twice")
+        said("start", "twice")
+        until(lambda: said("logs", "twice").endswith(f"\n42\n42\n{56 << 20}\n"))
+    finally:
+        said("rm", "-f", "twice")
+    assert left(runtime_directory) == []
+
+
 def test_pod_of_two_containers_that_share_a_volume(tmp_path: Path, runtime_directory: Path) -> None:
     (tmp_path / "pod.yaml").write_text(
         """

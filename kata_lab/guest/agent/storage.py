@@ -11,6 +11,7 @@ from rpc import INVALID_ARGUMENT, NOT_FOUND, RpcError
 
 RUN = "/run/kata-containers"
 DRIVERS = ("virtio-fs", "blk", "overlayfs", "ephemeral", "local", "bind")
+_WRITTEN = ("upperdir", "workdir")
 
 
 def find_disk(source):
@@ -41,7 +42,7 @@ def _mount(storage):
         kind, source = "overlay", source or "overlay"
         for option in options:
             name, _, path = option.partition("=")
-            if name in ("upperdir", "workdir"):
+            if name in _WRITTEN:
                 files.make_directory(path)
     elif driver == "bind":
         kind, options = "none", list(options) + ["bind"]
@@ -93,7 +94,8 @@ class Storages:
                 if place not in self._users:
                     _mount(storage)
                     parts = [each.partition("=") for each in storage["options"]]
-                    self._written[place] = [each[2] for each in parts if each[0] in ("upperdir", "workdir")]
+                    kept = "keep" in storage["driver_options"]  # for when it is mounted again
+                    self._written[place] = [] if kept else [each[2] for each in parts if each[0] in _WRITTEN]
                 self._users[place] = self._users.get(place, 0) + 1
                 places.append(place)
         except BaseException:
