@@ -363,7 +363,7 @@ class Hotplug:
             elif wanted < before:
                 await self._drop_cpus(before, wanted)
         except VmmError as error:
-            undone = await self._undo("vCPUs", partial(self._restore_cpus, before, ran, error))
+            undone = await self._undo("vCPUs", partial(self._restore_cpus, before, wanted, ran, error))
             now = len(machine.vcpus)
             self._keep_vcpus()
             raise HotplugError(f"the VM has {now} vCPUs and not {wanted}: {error}{undone}") from error
@@ -409,7 +409,7 @@ class Hotplug:
                 return False
         return True
 
-    async def _restore_cpus(self, before: int, ran: list[int], failure: VmmError) -> None:
+    async def _restore_cpus(self, before: int, wanted: int, ran: list[int], failure: VmmError) -> None:
         from vmm.upcall import UpcallLost, UpcallRefused
 
         machine = self._machine
@@ -417,6 +417,9 @@ class Hotplug:
             # Harts that stand still need not wait for that; and what is not permitted does not come up later.
             self._trim(before)
             await self._guest().connect()
+            # The last thing that a CPU does is to stop its hart, after the guest has seen it go.
+            going = [hart for hart in ran if hart >= wanted]
+            await self._until(lambda: not any(map(self._runs, going)), LAG_SECONDS if going else 0)
         while len(machine.vcpus) < before:
             machine.plug_vcpu()
         if not await self._until(lambda: self._trim(before), LAG_SECONDS):
