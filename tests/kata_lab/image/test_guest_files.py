@@ -26,12 +26,12 @@ def test_without_a_compiler_modules_are_source(monkeypatch: pytest.MonkeyPatch) 
     assert f"{PLACE}agent.py" in files
 
 
-def test_a_compiler_makes_bytecode_of_all_but_the_program(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_compiler_makes_bytecode_of_all_but_the_programs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     compiler = _write_compiler(tmp_path, "printf 'M\\006code' > $4")
     monkeypatch.setattr(guest_files, "_compiler", lambda: compiler)
     files = guest_files.agent_files()
     assert files[f"{PLACE}sandbox.mpy"] == b"M\x06code"
-    assert [name for name in files if name.endswith(".py")] == [f"{PLACE}agent.py"]
+    assert [name for name in files if name.endswith(".py")] == [f"{PLACE}agent.py", f"{PLACE}devices.py"]
 
 
 @pytest.mark.parametrize("body", ["exit 1", "printf 'M\\005old' > $4", "true"])
