@@ -20,12 +20,13 @@ from tests.vmm.guest_program import Program
 from vmm import GetState, VmConfig, VmState
 from vmm.rpc import wire
 from vmm.rpc.client import RemoteVm
-from vmm.rpc.endpoint import PrivateListener, connect
+from vmm.rpc.endpoint import PrivateListener, connect, require_owner
 from vmm.rpc.process import ServerProcess
 from vmm.rpc.server import MAX_REQUESTS, MAX_STRANGERS
 from vmm.rpc.wire import RpcError
 
 SECONDS = 60
+IS_ROOT = os.geteuid() == 0
 
 
 class Client:
@@ -152,7 +153,8 @@ OTHER_USER = """
 import os, socket, sys
 connection = socket.socket(socket.AF_UNIX)
 descriptor = os.open(os.path.dirname(sys.argv[1]), os.O_PATH)
-os.setgroups([]); os.setgid(65534); os.setuid(65534)
+if int(sys.argv[3]) != os.geteuid():
+    os.setgroups([]); os.setgid(int(sys.argv[3])); os.setuid(int(sys.argv[3]))
 try:
     connection.connect(f"/proc/self/fd/{descriptor}/{os.path.basename(sys.argv[1])}")
 except PermissionError:
@@ -163,19 +165,33 @@ print(connection.recv(4096)[4:].decode())
 """
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as another user")
-def test_another_user_is_refused_by_the_file_and_even_without_it_by_the_process(owner: Client, path: Path) -> None:
+def test_a_peer_of_another_user_is_no_owner(monkeypatch: pytest.MonkeyPatch) -> None:
+    uid = os.geteuid()
+    one, other = socket.socketpair()
+    with one, other:
+        assert require_owner(one).pid == os.getpid()
+        monkeypatch.setattr(os, "geteuid", lambda: uid + 1)
+        with pytest.raises(RpcError, match=f"belongs to user {uid}, the socket is for user {uid + 1} only"):
+            require_owner(one)
+
+
+@pytest.mark.parametrize("user", [65534 if IS_ROOT else os.geteuid()])
+def test_another_user_is_refused_by_the_file_and_even_without_it_by_the_process(
+    owner: Client, path: Path, user: int
+) -> None:
+    """Only root can act as another user; for anybody else the attempt is one of their own, a second owner."""
     hello = json.dumps({"Hello": {"protocol": wire.PROTOCOL, "version": wire.version()}}).encode()
     frame = (struct.pack(">I", len(hello)) + hello).hex()
 
     def attempt() -> str:
-        command = [sys.executable, "-S", "-c", OTHER_USER, str(path), frame]
+        command = [sys.executable, "-S", "-c", OTHER_USER, str(path), frame, str(user)]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=SECONDS).stdout
 
-    assert attempt() == "refused by the file\n"
+    assert attempt() == "refused by the file\n" or not IS_ROOT
     os.chmod(path, 0o666)
     os.chmod(path.parent, 0o755)
-    assert "belongs to user 65534, the socket is for user 0 only" in attempt()
+    wanted = "belongs to user 65534, the socket is for user 0 only" if IS_ROOT else "the VM has an owner already"
+    assert wanted in attempt()
 
 
 @pytest.mark.parametrize(
