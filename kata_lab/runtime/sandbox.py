@@ -39,7 +39,7 @@ from kata_lab.runtime.logs import follow_agent_log, logger_of
 from kata_lab.runtime.shares import ShareTable
 from kata_lab.runtime.state import ProcessIdentity, SandboxRecord, StateDirectory, check_name
 from kata_lab.ttrpc import RpcError
-from vmm.config import BlockConfig, DeviceConfig, EntropyConfig, FsConfig, VsockConfig
+from vmm.config import BalloonConfig, BlockConfig, DeviceConfig, EntropyConfig, FsConfig, VsockConfig
 
 if TYPE_CHECKING:
     from kata_lab.image.library import Image
@@ -254,6 +254,8 @@ class Sandbox:
             devices.append(await asyncio.to_thread(self._prepare_disk, reference))
         if self.config.network is not None:
             devices.append(self.config.network)
+        if self._capacity.most.memory_mib > self.config.memory_mib:
+            devices.append(BalloonConfig(name="balloon"))
         return HypervisorConfig(
             kernel=image.kernel,
             initrd=image.root,
@@ -454,6 +456,16 @@ class Sandbox:
     def size(self) -> SandboxSize:
         """What it has now."""
         return self._capacity.size
+
+    @property
+    def most(self) -> SandboxSize:
+        """What it can have while it runs."""
+        return self._capacity.most
+
+    @property
+    def plugged(self) -> Mapping[str, DeviceConfig]:
+        """What :meth:`add_device` has plugged in, by name."""
+        return self._capacity.plugged
 
     async def resize(self, vcpus: int | None = None, memory_mib: int | None = None) -> SandboxSize:
         """Have so many vCPUs and so much memory, or more where the limits of its containers say so.
