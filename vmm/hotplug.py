@@ -193,6 +193,7 @@ class Hotplug:
         actions.RemoveNetworkDevice: "_remove",
         actions.RemoveFsDevice: "_remove",
         actions.UpdateBlockDevice: "_update_block",
+        actions.UpdateNetworkDevice: "_update_network",
         actions.UpdateBalloonDevice: "_update_balloon",
         actions.ManipulateFsBackend: "_manipulate_fs",
     }
@@ -616,6 +617,12 @@ class Hotplug:
         from vmm.devices.virtio.blk import BlockDevice
 
         return actions.BlockDeviceUpdated(self._find(action, action.device, BlockDevice).update())
+
+    async def _update_network(self, action: actions.UpdateNetworkDevice) -> actions.Empty:
+        from vmm.devices.virtio.net import NetworkDevice
+
+        self._find(action, action.device, NetworkDevice).set_link(action.link_up)
+        return actions.Empty()
 
     async def _manipulate_fs(self, action: actions.ManipulateFsBackend) -> actions.Empty:
         from vmm.devices.virtio.fs.device import FsDevice

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -39,6 +40,7 @@ from vmm.actions import (
     ResizeVcpu,
     UpdateBalloonDevice,
     UpdateBlockDevice,
+    UpdateNetworkDevice,
     VmmAction,
 )
 from vmm.board.riscv_virt import virtio_address
@@ -376,6 +378,24 @@ def test_a_network_interface_comes_and_goes(guest: FakeGuest, tmp_path: Path) ->
     ask(guest, RemoveNetworkDevice(name))
 
     assert state(guest) == before
+
+
+def test_a_cable_is_plugged_out_and_in(guest: FakeGuest, tmp_path: Path) -> None:
+    name = ask(guest, InsertNetworkDevice(NetworkConfig(backend="socket", socket=tmp_path / "net"))).name
+    with socket.socket(socket.AF_UNIX) as peer:
+        peer.connect(os.fspath(tmp_path / "net"))
+        wait_until(lambda: link(guest) == 1)
+
+        ask(guest, UpdateNetworkDevice(name, link_up=False))
+        assert link(guest) == 0
+
+        ask(guest, UpdateNetworkDevice(name, link_up=True))
+        assert link(guest) == 1
+
+
+def link(guest: FakeGuest) -> int:
+    """The bit of the interface's status that says whether its link is up."""
+    return guest.vm.machine.board.bus.read(virtio_address(1) + CONFIG_SPACE + 6, 2)
 
 
 def test_sockets_do_not_come_to_a_vm_that_runs(guest: FakeGuest) -> None:

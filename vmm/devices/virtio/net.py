@@ -117,6 +117,7 @@ class NetworkDevice(VirtioDevice):
         self._control = self._new_control()
         self._control_index = 2
         self._merges = False
+        self._plugged_in = True
         self._link_seen = self.port.up
         self._paused = self._closed = False
         self._starved = False  # frames wait for buffers of the guest
@@ -125,6 +126,17 @@ class NetworkDevice(VirtioDevice):
         self._timer: asyncio.TimerHandle | None = None
         self._watched: dict[int, Inbox] = {}  # file descriptors that the loop reads, changed on its thread only
         self._written = -1  # the one that it waits to write to
+
+    @property
+    def link_up(self) -> bool:
+        """Whether the cable is plugged in, with somebody at its other end."""
+        return self._plugged_in and self.port.up
+
+    def set_link(self, plugged_in: bool) -> None:
+        """Plug the cable in or out, from any thread: while it is out, frames of either side are dropped."""
+        with self.lock:
+            self._plugged_in = plugged_in
+            self._look_at_link()
 
     # What the driver reads.
 
@@ -144,7 +156,7 @@ class NetworkDevice(VirtioDevice):
 
     @property
     def config_space(self) -> bytes:
-        status = (LINK_UP if self.port.up else 0) | (ANNOUNCE if self._announce else 0)
+        status = (LINK_UP if self.link_up else 0) | (ANNOUNCE if self._announce else 0)
         return CONFIG.pack(self.mac, status, self._pairs, self.port.mtu)
 
     # The device's life.
@@ -284,7 +296,7 @@ class NetworkDevice(VirtioDevice):
                 frame = self._outgoing(chain)
                 if queue.tracing:
                     chain.detail = f"a frame of {frame.length} bytes sent" if frame is not None else "a frame dropped"
-                if frame is None or not port.up:
+                if frame is None or not self.link_up:
                     statistics.sent_dropped += 1
                 else:
                     frames.append(frame)
@@ -364,7 +376,7 @@ class NetworkDevice(VirtioDevice):
         while frames:
             begin, end = frames[-1]
             destination = begin + HEADER.size
-            if not wanted.passes(bytes(buffer[destination : destination + 6])):
+            if not (self._plugged_in and wanted.passes(bytes(buffer[destination : destination + 6]))):
                 statistics.received_dropped += 1
                 frames.pop()
                 continue
@@ -467,8 +479,8 @@ class NetworkDevice(VirtioDevice):
             self._continue()
 
     def _look_at_link(self) -> None:
-        if self.port.up is not self._link_seen:
-            self._link_seen = self.port.up
+        if self.link_up is not self._link_seen:
+            self._link_seen = self.link_up
             self.config_changed()
             # What waited to be sent is dropped, or can be sent now.
             self._call(self._continue)
