@@ -160,7 +160,8 @@ try:
 except PermissionError:
     print("refused by the file")
     sys.exit()
-connection.sendall(bytes.fromhex(sys.argv[2]))
+if int(sys.argv[3]) == os.geteuid():
+    connection.sendall(bytes.fromhex(sys.argv[2]))
 print(connection.recv(4096)[4:].decode())
 """
 
@@ -179,7 +180,8 @@ def test_a_peer_of_another_user_is_no_owner(monkeypatch: pytest.MonkeyPatch) -> 
 def test_another_user_is_refused_by_the_file_and_even_without_it_by_the_process(
     owner: Client, path: Path, user: int
 ) -> None:
-    """Only root can act as another user; for anybody else the attempt is one of their own, a second owner."""
+    """Only root can act as another user, who is refused before saying a word; for anybody else the attempt is one of
+    their own, a second owner."""
     hello = json.dumps({"Hello": {"protocol": wire.PROTOCOL, "version": wire.version()}}).encode()
     frame = (struct.pack(">I", len(hello)) + hello).hex()
 
