@@ -153,14 +153,15 @@ OTHER_USER = """
 import os, socket, sys
 connection = socket.socket(socket.AF_UNIX)
 descriptor = os.open(os.path.dirname(sys.argv[1]), os.O_PATH)
-if int(sys.argv[3]) != os.geteuid():
+stranger = int(sys.argv[3]) != os.geteuid()
+if stranger:
     os.setgroups([]); os.setgid(int(sys.argv[3])); os.setuid(int(sys.argv[3]))
 try:
     connection.connect(f"/proc/self/fd/{descriptor}/{os.path.basename(sys.argv[1])}")
 except PermissionError:
     print("refused by the file")
     sys.exit()
-if int(sys.argv[3]) == os.geteuid():
+if not stranger:
     connection.sendall(bytes.fromhex(sys.argv[2]))
 print(connection.recv(4096)[4:].decode())
 """
