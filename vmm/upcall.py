@@ -17,7 +17,8 @@ what is used; ``msg_size`` counts the body alone::
 
 Replies carry no number that would tell which request they answer. So a connection over which anything came that was
 not due (a late reply, a second one, garbage) is of no use any more: it is dropped, and the next request makes a new
-one. The guest is hostile: it can fail a request, and it can lie about its result, and no more; what it sends is read
+one. (A second reply that comes only once the next request has been sent can pass for its reply, if of the same type.)
+The guest is hostile: it can fail a request, and it can lie about its result, and no more; what it sends is read
 into one buffer of 1024 bytes.
 
 Errors::
@@ -294,7 +295,9 @@ def _errno_name(number: int) -> str:
 
 
 def _show(name: str, value: int | bytes) -> str:
-    return hex(value) if isinstance(value, int) and name in ("base", "size") else str(value)
+    if isinstance(value, bytes):
+        return value.rstrip(b"\0").hex()
+    return hex(value) if name in ("base", "size") else str(value)
 
 
 class ClientState(enum.Enum):
@@ -573,7 +576,7 @@ class UpcallClient:
         except TimeoutError:
             self._drop()
             why = self._refusal or f"the guest took longer than {self._reply_seconds:g} s"
-            raise UpcallLost(f"{what} was sent, but {why} before it was answered") from None
+            raise UpcallLost(f"{what} was sent, but not answered: {why}") from None
         except (FrameError, OSError) as error:
             self._drop()
             raise UpcallLost(f"{what} was sent, but not answered rightly: {error}") from error
