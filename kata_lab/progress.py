@@ -16,8 +16,9 @@ from typing import Literal, Protocol, TextIO
 
 from kata_lab.errors import KataLabError
 
-ProgressMode = Literal["auto", "bar", "lines", "off"]
-"""``auto``: a bar where somebody watches, silence elsewhere; ``lines``: one line per finished step."""
+ProgressMode = Literal["auto", "bar", "steps", "lines", "off"]
+"""``auto``: a bar where somebody watches, silence elsewhere; ``lines``: one line per finished step; ``steps``: and one
+when it begins."""
 
 MODE_VARIABLE = "KATA_LAB_PROGRESS"
 
@@ -60,10 +61,11 @@ class Progress:
         self.total = total
         self.done = 0.0
         self._unit = unit
-        self._announced = announced
         self._failed = False
         self._stream = sys.stderr if stream is None else stream
-        self._mode = _resolve(mode, self._stream)
+        resolved = resolved_mode(mode, self._stream)
+        self._announced = announced or resolved == "steps"
+        self._mode = "lines" if resolved == "steps" else resolved
         self._bar: _Bar | None = None
         self._started = time.monotonic()
 
@@ -139,17 +141,22 @@ class Progress:
         )
 
 
-def _resolve(mode: ProgressMode, stream: TextIO) -> Literal["bar", "lines", "off"]:
+def resolved_mode(mode: ProgressMode, stream: TextIO) -> Literal["bar", "steps", "lines", "off"]:
+    """What a mode means for a stream.
+
+    Raises:
+        KataLabError: the environment names a mode that there is not.
+    """
     chosen: str = mode
     if mode == "auto":
         chosen = os.environ.get(MODE_VARIABLE) or "auto"
     match chosen:
-        case "bar" | "lines" | "off":
+        case "bar" | "steps" | "lines" | "off":
             return chosen
         case "auto":
             return "bar" if stream.isatty() or _in_notebook() else "off"
         case _:
-            raise KataLabError(f"progress mode {chosen!r} is unknown: it is one of auto, bar, lines, off")
+            raise KataLabError(f"progress mode {chosen!r} is unknown: it is one of auto, bar, steps, lines, off")
 
 
 def _in_notebook() -> bool:

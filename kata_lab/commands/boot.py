@@ -159,7 +159,9 @@ def _command_line(options: BootOptions, append: str) -> str:
 def run(options: BootOptions) -> int:
     """Boot, stay connected until the guest ends, and return the exit status."""
     config, image = configure(options)
-    _compile()
+    from kata_lab.hypervisor.fused import compile_hart
+
+    compile_hart()
     from kata_lab.commands.console import ConsoleLoop, Streams, standard_input, standard_output
 
     source = standard_input()
@@ -200,22 +202,6 @@ def _ready_line(options: BootOptions) -> str | None:
 
 def _tell_in_raw_mode(text: str) -> None:
     print(f"\r\nkata-lab: {text}\r", file=sys.stderr, flush=True)
-
-
-def _compile() -> None:
-    """Make the compiled hart ready, with a progress bar if it must be made."""
-    from kata_lab.progress import Progress
-    from vmm.engine.rv64.hart import Rv64Engine
-
-    with contextlib.ExitStack() as shown:
-        bars: list[Progress] = []
-
-        def show(fraction: float, what: str) -> None:
-            if not bars:
-                bars.append(shown.enter_context(Progress("Compiling the hart (once)", total=1.0)))
-            bars[0].advance_to(fraction, what)
-
-        Rv64Engine.prepare(show)
 
 
 def _finish(vm: MicroVm, options: BootOptions, in_time: bool) -> int:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from kata_lab.hypervisor.base import Hypervisor, HypervisorConfig, HypervisorError
+from kata_lab.progress import Progress
 from vmm import actions
 from vmm.config import ConsoleConfig, DeviceConfig, VmConfig
 from vmm.errors import VmmError
@@ -48,9 +49,7 @@ class FusedHypervisor(Hypervisor):
         return self._vm
 
     async def load(self) -> None:
-        from vmm.engine.rv64.hart import Rv64Engine
-
-        await asyncio.to_thread(Rv64Engine.prepare)
+        await asyncio.to_thread(compile_hart)
 
     async def prepare_vm(self, config: HypervisorConfig) -> None:
         from vmm.microvm import MicroVm
@@ -191,6 +190,21 @@ def removal(config: VmConfig, name: str) -> actions.RemoveDevice:
         if isinstance(device, action.KIND):
             return action(name)
     raise HypervisorError(f"device {name!r} is of kind {device.KIND!r}, which stays for as long as the guest runs")
+
+
+def compile_hart() -> None:
+    """Make the compiled hart ready; if it must be made first, which takes seconds, that is shown."""
+    from vmm.engine.rv64.hart import Rv64Engine
+
+    with contextlib.ExitStack() as shown:
+        bars: list[Progress] = []
+
+        def show(fraction: float, what: str) -> None:
+            if not bars:
+                bars.append(shown.enter_context(Progress("Compiling the hart (once)", total=1.0)))
+            bars[0].advance_to(fraction, what)
+
+        Rv64Engine.prepare(show)
 
 
 @contextlib.contextmanager

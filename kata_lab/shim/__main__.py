@@ -1,7 +1,8 @@
 """The process of one sandbox: ``python -m kata_lab.shim --id SANDBOX [--container ID]... [--ready FD] [--stay]``.
 
-It is started by a command (:mod:`kata_lab.shim.launch`) in a session of its own. Once it serves, or cannot, it writes
-one line of JSON to the descriptor of ``--ready``: ``{}``, or ``{"error": "one sentence"}``. It ends with the last
+It is started by a command (:mod:`kata_lab.shim.launch`) in a session of its own. To the descriptor of ``--ready`` it
+writes lines of JSON: ``{"progress": "a line"}`` for what a person waits for, such as the first build of the guest, and
+last, once it serves or cannot, ``{}`` or ``{"error": "one sentence"}``. It ends with the last
 container, when it is told to shut down, and at SIGTERM, and takes everything of the sandbox with it.
 """
 
@@ -10,14 +11,16 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import io
 import json
 import logging
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, TextIO
 
 from kata_lab.errors import KataLabError
 from kata_lab.protocol.proto import load
@@ -51,7 +54,7 @@ class _JsonLines(logging.Formatter):
 
 
 class Readiness:
-    """Tells the starter, once, whether the shim serves.
+    """Tells the starter how far the shim is, and, once, whether it serves.
 
     Args:
         descriptor: to write to; None if nobody wants to know.
@@ -59,10 +62,18 @@ class Readiness:
 
     def __init__(self, descriptor: int | None) -> None:
         self._descriptor = descriptor
+        self._lock = threading.Lock()
+
+    def say(self, line: str) -> None:
+        """What is being done, from any thread; nothing once the shim serves."""
+        with self._lock, contextlib.suppress(OSError):
+            if self._descriptor is not None:
+                os.write(self._descriptor, json.dumps({"progress": line}).encode() + b"\n")
 
     def tell(self, error: str = "") -> bool:
         """False if the starter has gone."""
-        descriptor, self._descriptor = self._descriptor, None
+        with self._lock:
+            descriptor, self._descriptor = self._descriptor, None
         if descriptor is None:
             return True
         try:
@@ -72,6 +83,22 @@ class Readiness:
         finally:
             os.close(descriptor)
         return True
+
+
+class _ProgressLines(io.TextIOBase):
+    """Standard error of the shim: whole lines go to its log, and to whoever waits for it."""
+
+    def __init__(self, log: TextIO, readiness: Readiness) -> None:
+        self._log = log
+        self._readiness = readiness
+
+    def write(self, text: str) -> int:
+        self._log.write(text)
+        self._log.flush()
+        for line in text.splitlines():
+            if line.strip():
+                self._readiness.say(line)
+        return len(text)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -90,7 +117,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     readiness = Readiness(options.ready)
     try:
-        asyncio.run(serve(options.id, options.container, readiness, options.stay))
+        with contextlib.redirect_stderr(_ProgressLines(sys.stderr, readiness)):
+            asyncio.run(serve(options.id, options.container, readiness, options.stay))
     except (KataLabError, OSError) as error:
         _log.error("%s", error)
         readiness.tell(str(error))

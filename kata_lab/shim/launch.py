@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from kata_lab.errors import KataLabError
+from kata_lab.progress import MODE_VARIABLE, resolved_mode
 from kata_lab.shim.records import ShimDirectory
 
 PROGRAM: tuple[str, ...] = ("-m", "kata_lab.shim")
@@ -46,7 +47,7 @@ class StartingShim:
                 self._pid = os.posix_spawn(
                     sys.executable,
                     arguments,
-                    os.environ,
+                    {**os.environ, MODE_VARIABLE: "steps"},
                     file_actions=[
                         (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
                         (os.POSIX_SPAWN_DUP2, log, 1),
@@ -67,15 +68,21 @@ class StartingShim:
         self._ready = False
 
     def wait(self) -> None:
-        """Wait until it serves.
+        """Wait until it serves; what it does meanwhile that takes long is shown on standard error.
 
         Raises:
             ShimError: it does not.
         """
-        told = b""
+        shown = resolved_mode("auto", sys.stderr) != "off"
+        answer: dict[str, str] | None = None
+        rest = b""
         while data := os.read(self._reader, 65536):
-            told += data
-        if not told.endswith(b"\n"):
+            *lines, rest = (rest + data).split(b"\n")
+            for line in lines:
+                answer = json.loads(line)
+                if shown and answer and "progress" in answer:
+                    print(answer["progress"], file=sys.stderr, flush=True)
+        if answer is None or "progress" in answer:
             _, status = os.waitpid(self._pid, 0)
             self._pid = 0
             code = os.waitstatus_to_exitcode(status)
@@ -83,11 +90,10 @@ class StartingShim:
             last = self._last_line()
             self._directory.remove()
             raise ShimError(f"the process of sandbox {self._directory.id} {how} before it was ready{last}")
-        error = json.loads(told).get("error")
-        if error:
+        if answer:
             os.waitpid(self._pid, 0)
             self._pid = 0
-            raise ShimError(error)
+            raise ShimError(answer["error"])
         self._ready = True
 
     def _last_line(self) -> str:

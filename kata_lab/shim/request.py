@@ -134,7 +134,7 @@ def _opened(reference: str) -> ImageHandle:
     from kata_lab.oci import ensure_busybox, open_image
 
     if reference in LOCAL_IMAGE:
-        return ensure_busybox("off")
+        return ensure_busybox()
     return open_image(reference)
 
 

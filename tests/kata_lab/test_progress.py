@@ -49,6 +49,13 @@ def test_lines_on_request_say_how_each_step_ended() -> None:
     assert stream.getvalue().startswith("Fetching: failed after ")
 
 
+def test_steps_on_request_are_told_when_they_begin_too() -> None:
+    first, second = run(io.StringIO(), "steps").splitlines()
+
+    assert first == "Compiling the hart…"
+    assert second.startswith("Compiling the hart: done after ")
+
+
 def test_step_that_its_owner_calls_failed_is_not_done() -> None:
     for stream, mode in ((io.StringIO(), "lines"), (Terminal(), "bar")):
         with Progress("Fetching", total=4, mode=mode, stream=stream) as bar:

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from kata_lab.agent.client import Durations
+from kata_lab.progress import Progress
 from kata_lab.resource.rootfs import RootFs
 from kata_lab.runtime.container import Container
 from kata_lab.runtime.errors import RuntimeFault
@@ -193,6 +194,9 @@ class FakeSandbox:
         return SandboxState.STOPPED if self.stopped.is_set() else SandboxState.RUNNING
 
     async def start(self) -> None:
+        if os.environ.get("FAKE_BUILD"):
+            with Progress("Building the guest"):
+                await asyncio.sleep(0)
         if self.config.memory_mib > 65536:
             raise RuntimeFault(f"a guest of {self.config.memory_mib} MiB is too large for this machine")
 

@@ -106,6 +106,18 @@ def test_run_without_an_image_says_what_to_give(state: Path) -> None:
     )
 
 
+def test_what_the_shim_builds_is_shown_where_somebody_watches(root: Path, state: Path) -> None:
+    arguments = ("run", "--rm", "--rootfs", str(root), "echo", "up")
+
+    seen = cli(*arguments, FAKE_BUILD="1", KATA_LAB_PROGRESS="lines")
+    unseen = cli(*arguments, FAKE_BUILD="1")
+
+    begun, ended = seen.stderr.decode().splitlines()
+    assert (seen.stdout, begun) == (b"up\n", "Building the guest…")
+    assert ended.startswith("Building the guest: done after ")
+    assert (unseen.stdout, unseen.stderr) == (b"up\n", b"")
+
+
 def test_life_of_a_detached_container(root: Path, state: Path) -> None:
     done = run(root, "-d", "--name", "web", "-e", "A=1", "sh", "-c", "echo $A; echo err >&2; exec sleep 60")
     name = done.stdout.decode().strip()
