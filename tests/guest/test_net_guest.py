@@ -166,6 +166,40 @@ def test_host_reaches_the_guest_by_a_forward(online: tuple[MicroVm, GuestShell],
         until(lambda: shell.run("cat /tmp/datagram").output == "datagram\n")
 
 
+def test_server_in_the_guest_may_speak_first(online: tuple[MicroVm, GuestShell], ports: dict[str, int]) -> None:
+    _, shell = online
+    shell.run("nc -ll -p 8000 -e echo from the guest >/dev/null 2>&1 &")
+    until(lambda: shell.run("netstat -ltn | grep -q :8000").status == 0)
+    said = []
+    for _ in range(20):
+        with socket.create_connection(("127.0.0.1", ports["tcp"]), timeout=20) as connection:
+            said.append(b"".join(iter(lambda: connection.recv(100), b"")))
+    shell.run("killall nc")
+    until(lambda: shell.run("netstat -ltn | grep -q :8000").status != 0)
+    assert said == [b"from the guest\n"] * 20
+
+
+def test_guest_that_ends_its_half_first_hears_the_answer_and_its_end(
+    online: tuple[MicroVm, GuestShell], gateway: str
+) -> None:
+    _, shell = online
+    count = 20
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer() -> None:
+            for _ in range(count):
+                connection, _ = server.accept()
+                with connection:
+                    connection.sendall(b"got " + connection.recv(100))
+
+        thread = threading.Thread(target=answer, name="answer")
+        thread.start()
+        command = f"echo hello | timeout 20 nc {gateway} {server.getsockname()[1]} || echo no end"
+        said = shell.run(f"for i in $(seq {count}); do {command}; done", timeout=100).output
+        thread.join(20)
+    assert said == "got hello\n" * count
+
+
 def test_paused_guest_keeps_its_connections(online: tuple[MicroVm, GuestShell], gateway: str, tmp_path: Path) -> None:
     vm, shell = online
     data = os.urandom(20 << 20)

@@ -10,6 +10,8 @@ any network cannot either.
 passt trusts the connection, and so may we: it looks at no checksum of a TCP or UDP packet from the guest (its
 checksum.c has functions to set one and none to verify it), takes segments as long as an IP packet can be, and
 the checksums that it sends belong to data that the host's kernel has verified. So nobody sums up anything.
+
+What it gets wrong about TCP, and what is done about that, is in :mod:`vmm.network.passt_tcp`.
 """
 
 from __future__ import annotations
@@ -22,12 +24,13 @@ import select
 import shutil
 import socket
 import subprocess
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
 from vmm.config import NetworkConfig
 from vmm.network.offload import CSUM, DATA_VALID, GUEST_CSUM, HEADER, HOST_ECN, HOST_TSO4, HOST_TSO6
-from vmm.network.port import NetworkError
+from vmm.network.passt_tcp import ANSWER_BYTES, MAX_ANSWERS, TcpAttendant
+from vmm.network.port import Frame, Inbox, NetworkError
 from vmm.network.stream import LIKED_MTU, SEND_BUFFER, StreamPort
 
 PROGRAM: Final = "passt"
@@ -53,6 +56,25 @@ class PasstPort(StreamPort):
         super().__init__(connection, mtu, FEATURES, completes_checksums=False)
         self.process = process
         self._errors = errors
+        self._attendant = TcpAttendant()
+        # Behind what is read from passt there is room for frames that are made here.
+        self._spare = len(self._inbox.buffer)
+        self._inbox.buffer = memoryview(bytearray(self._spare + MAX_ANSWERS * (HEADER.size + ANSWER_BYTES)))
+
+    def send(self, pair: int, frames: Sequence[Frame]) -> None:
+        super().send(pair, [each for frame in frames for each in self._attendant.passed_on(frame)])
+
+    def receive(self, inbox: Inbox) -> bool:
+        received = super().receive(inbox)
+        if received and self._attendant.answers:
+            room = self._spare
+            for number, (begin, end) in enumerate(inbox.frames):
+                answer = self._attendant.replaced(inbox.buffer[begin + HEADER.size : end])
+                if answer is not None:
+                    inbox.frames[number] = room, room + HEADER.size + len(answer)
+                    inbox.buffer[room + HEADER.size : room + HEADER.size + len(answer)] = answer
+                    room += HEADER.size + ANSWER_BYTES
+        return received
 
     def accept(self, features: int) -> None:
         # 5.1.6.4.1: no flags for a driver without GUEST_CSUM.
