@@ -27,10 +27,11 @@ import ffi
 import uctypes
 
 CONFIGURATION = "/etc/kata-lab/init.json"
+INTERPRETER = "/usr/bin/micropython"
 UP = "kata-lab: services are up"
 ENVIRONMENT = ("PATH=/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/root", "TERM=vt100", "PS1=kata-lab:\\w# ")
 
-MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_BIND, MS_MOVE = 1, 2, 4, 8, 0x1000, 0x2000
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT, MS_BIND, MS_MOVE = 1, 2, 4, 8, 0x20, 0x1000, 0x2000
 MOUNTS = (
     ("proc", "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, ""),
     ("sysfs", "/sys", "sysfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, ""),
@@ -208,6 +209,14 @@ def overlay(paths, disk):
         options = f"lowerdir={path},upperdir={base}/upper,workdir={base}/work"
         if _mount("overlay", path, "overlay", MS_NOSUID | MS_NODEV, options) != 0:
             say(f"{path} cannot be made writable")
+
+
+def protect(path):
+    """Make a program unchangeable where it is run from, also for whom it is his own: see /proc/<n>/exe in proc(5)."""
+    if _mount(path, path, None, MS_BIND, None) != 0 or (
+        _mount(None, path, None, MS_BIND | MS_REMOUNT | MS_RDONLY | MS_NOSUID, None) != 0
+    ):
+        say(f"{path} cannot be protected")
 
 
 def load_modules(paths, finit_module):
@@ -404,6 +413,7 @@ def main():
     load_modules(configuration["modules"], configuration["finit_module"])
     load_drivers(configuration["finit_module"])
     overlay(configuration["writable"], word_of("kata.changes", line))
+    protect(INTERPRETER)
     bring_up_loopback()
     _sethostname(configuration["name"], len(configuration["name"]))
     command = wanted_command(line)

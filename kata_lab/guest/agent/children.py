@@ -51,14 +51,15 @@ class Children:
 
     def spawn(self, command, environment, standard=(-1, -1, -1), terminal=False, program=None):
         """Start a program; see linux.spawn."""
-        return self._wait_for(linux.spawn(command, environment, standard, terminal, program))
+        return self.made(linux.spawn(command, environment, standard, terminal, program))
 
     def spawn_reaper(self):
         """Start the first process of a new PID namespace."""
-        return self._wait_for(linux.spawn_reaper())
+        return self.made(linux.spawn_reaper())
 
-    def _wait_for(self, number):
-        child = self._waited[number] = Child(number)
+    def made(self, number, on_end=None):
+        """A process that was just forked."""
+        child = self._waited[number] = Child(number, on_end)
         self._orphans.pop(number, None)
         return child
 

@@ -13,6 +13,7 @@ from collections import OrderedDict
 
 import bundle
 import cgroup
+import entry
 import linux
 import storage
 from crun import STATE
@@ -48,6 +49,7 @@ class Container:
         self._crun = crun
         self._children = children
         self._launching = 0
+        self._configuration = self._namespaces = None
 
     def process(self, exec_id):
         found = self.processes.get(exec_id)
@@ -62,6 +64,8 @@ class Container:
         configuration = bundle.to_configuration(spec, self.id, pid_namespace)
         with open(self._bundle + "/config.json", "w") as file:
             json.dump(configuration, file)
+        self._configuration = configuration
+        self._namespaces = _entered(configuration)
         process = self.processes[self.id] = Process(self.id, configuration["process"])
         await self._launch(process, ["create", "--bundle", self._bundle, self.id])
 
@@ -101,14 +105,48 @@ class Container:
         description = bundle.to_process(message)
         process = self.processes[exec_id] = Process(exec_id, description)
         self.statuses.pop(exec_id, None)
+        try:
+            program = self._program(description)
+            if program is None or not await self._enter(process, program):
+                await self._enter_by_crun(process, description)
+        except BaseException:
+            del self.processes[exec_id]
+            raise
+
+    def _program(self, description):
+        """What an exec runs, prepared; None if crun is to do it."""
+        if self._namespaces is None:
+            return None
+        try:
+            return entry.Program(description, self._configuration["process"])
+        except entry.Unfit:
+            return None
+
+    async def _enter(self, process, program):
+        """False if crun is to do it."""
+        first = self.process(self.id).child.number
+        group = linux.open_file(self.group.path, linux.O_PATH)
+
+        def make(standard, channel):
+            return entry.join(first, self._namespaces, group, program, channel, standard)
+
+        self._launching += 1
+        try:
+            await process.enter(make, self._children, self._settle)
+        except entry.Unfit:
+            process.known.clear()
+            return False
+        finally:
+            self._launching -= 1
+            linux.close(group)
+        return True
+
+    async def _enter_by_crun(self, process, description):
         path = self._crun.path("process")
         try:
             with open(path, "w") as file:
                 json.dump(description, file)
             await self._launch(process, ["exec", "--detach", "--process", path, self.id])
-        except BaseException:
-            del self.processes[exec_id]
-            raise
         finally:
             os.remove(path)
 
@@ -204,6 +242,15 @@ class Container:
                 self.statuses[process.exec_id] = process.child.status
         while len(self.statuses) > MAX_STATUSES:
             del self.statuses[next(iter(self.statuses))]
+
+
+def _entered(configuration):
+    """The namespaces that an exec enters; None if crun is to do it."""
+    section = configuration["linux"]
+    kinds = [each["type"] for each in section["namespaces"]]
+    if "seccomp" in section or "personality" in section or "mount" not in kinds or "pid" not in kinds:
+        return None
+    return kinds if all(each in entry.NAMESPACES for each in kinds) else None
 
 
 def _ignores(pid, number):

@@ -9,8 +9,8 @@ import os
 import ffi
 import uctypes
 
-ENOENT, ESRCH, EINTR, EIO, ENXIO, EAGAIN, EEXIST, ENOTDIR, EINVAL, EPIPE = 2, 3, 4, 5, 6, 11, 17, 20, 22, 32
-ELOOP, EAFNOSUPPORT = 40, 97
+EPERM, ENOENT, ESRCH, EINTR, EIO, ENXIO, ENOEXEC, EAGAIN, EACCES, EBUSY = 1, 2, 3, 4, 5, 6, 8, 11, 13, 16
+EEXIST, ENOTDIR, EISDIR, EINVAL, EPIPE, ELOOP, EOPNOTSUPP, EAFNOSUPPORT = 17, 20, 21, 22, 32, 40, 95, 97
 O_RDONLY, O_WRONLY, O_RDWR, O_CREAT, O_TRUNC, O_NONBLOCK = 0, 1, 2, 0o100, 0o1000, 0o4000
 O_DIRECTORY, O_NOFOLLOW, O_CLOEXEC, O_PATH = 0o200000, 0o400000, 0o2000000, 0o10000000
 SIGKILL, SIGPIPE, SIGTERM, SIGCHLD = 9, 13, 15, 17
@@ -36,7 +36,7 @@ _TIOCSCTTY, _TIOCSWINSZ, _TIOCGPTN, _TIOCSPTLCK, _RNDRESEEDCRNG = 0x540E, 0x5414
 _F_SETFL, _F_SETPIPE_SZ, _F_ADD_SEALS, _ALL_SEALS = 4, 1031, 1033, 15
 _MFD_CLOEXEC, _MFD_ALLOW_SEALING = 1, 2
 _SIG_BLOCK, _SIG_SETMASK = 0, 2
-_PR_SET_CHILD_SUBREAPER = 36
+_PR_SET_DUMPABLE, _PR_SET_CHILD_SUBREAPER = 4, 36
 _SYS_CLONE, _SYS_CLOSE_RANGE = 220, 436
 _CLONE_NEWPID = 0x20000000
 _WNOHANG = 1
@@ -50,20 +50,27 @@ _openat = _libc.func("i", "openat", "isii")
 _close = _libc.func("i", "close", "i")
 _read = _libc.func("l", "read", "ipL")
 _write = _libc.func("l", "write", "ipL")
-_dup2 = _libc.func("i", "dup2", "ii")
+duplicate = _libc.func("i", "dup2", "ii")
 _fcntl = _libc.func("i", "fcntl", "iil")
-_ioctl = _libc.func("i", "ioctl", "iLp")
+ioctl = _libc.func("i", "ioctl", "iLp")
 _fork = _libc.func("i", "fork", "")
 _execve = _libc.func("i", "execve", "sPP")
-_exit = _libc.func("v", "_exit", "i")
+exit = _libc.func("v", "_exit", "i")
 _waitpid = _libc.func("i", "waitpid", "ipi")
 _kill = _libc.func("i", "kill", "ii")
 _sigprocmask = _libc.func("i", "sigprocmask", "ipp")
 _mount = _libc.func("i", "mount", "sssLs")
 _umount2 = _libc.func("i", "umount2", "si")
 _accept4 = _libc.func("i", "accept4", "ippi")
-_syscall = _libc.func("l", "syscall", "llllll")
-_strerror = _libc.func("s", "strerror", "i")
+syscall = _libc.func("l", "syscall", "llllll")  # for what the C library has no function: number and five arguments
+set_session = _libc.func("i", "setsid", "")
+prctl = _libc.func("i", "prctl", "ilLLL")
+strerror = _libc.func("s", "strerror", "i")
+
+
+def function(result, name, arguments):
+    """A function of the C library, with types as ``ffi`` has them."""
+    return _libc.func(result, name, arguments)
 
 
 def _rare(result, name, arguments):
@@ -79,8 +86,7 @@ def _rare(result, name, arguments):
 
 
 _pipe2 = _rare("i", "pipe2", "pi")
-_setsid = _rare("i", "setsid", "")
-_prctl = _rare("i", "prctl", "ilLLL")
+_socketpair = _rare("i", "socketpair", "iiip")
 _signalfd = _rare("i", "signalfd", "ipi")
 _inotify_init1 = _rare("i", "inotify_init1", "i")
 _inotify_add_watch = _rare("i", "inotify_add_watch", "isI")
@@ -107,7 +113,7 @@ def explain(error):
     """What an OSError of this module means, in words."""
     number = error.args[0] if error.args else 0
     what = f"{error.args[1]}: " if len(error.args) > 1 else ""
-    return f"{what}{_strerror(number)} (errno {number})"
+    return f"{what}{strerror(number)} (errno {number})"
 
 
 def checked(result, what):
@@ -208,29 +214,29 @@ def spawn(command, environment, standard=(-1, -1, -1), terminal=False, program=N
     """
     arguments, _kept = _c_strings(command)
     variables, _kept_too = _c_strings(environment)
-    streams = [each if each >= 0 else _null for each in standard]
+    streams = [each if each >= 0 else null for each in standard]
     process = checked(_fork(), "fork")
     if process == 0:
         try:
             _sigprocmask(_SIG_SETMASK, _NO_SIGNALS, None)
             for number in range(3):
                 # Descriptors of the agent are above 2, so that none is overwritten before it is used.
-                _dup2(streams[number], number)
+                duplicate(streams[number], number)
             if terminal:
-                _setsid()
-                _ioctl(0, _TIOCSCTTY, None)
+                set_session()
+                ioctl(0, _TIOCSCTTY, None)
             _execve(program or command[0], uctypes.addressof(arguments), uctypes.addressof(variables))
         finally:
-            _exit(127)
+            exit(127)
     return process
 
 
 def spawn_reaper():
     """Start the first process of a new PID namespace: it reaps there and does nothing else. Its number here."""
-    process = checked(_syscall(_SYS_CLONE, _CLONE_NEWPID | SIGCHLD, 0, 0, 0, 0), "making a PID namespace")
+    process = checked(syscall(_SYS_CLONE, _CLONE_NEWPID | SIGCHLD, 0, 0, 0, 0), "making a PID namespace")
     if process == 0:
         try:
-            _syscall(_SYS_CLOSE_RANGE, 0, 0x7FFFFFFF, 0, 0, 0)
+            syscall(_SYS_CLOSE_RANGE, 0, 0x7FFFFFFF, 0, 0, 0)
             children, word = _signal_set(SIGCHLD), array.array("i", [0])
             wait = _libc.func("i", "sigwait", "pp")
             while True:
@@ -238,13 +244,29 @@ def spawn_reaper():
                     pass
                 wait(children, word)
         finally:
-            _exit(1)
+            exit(1)
     return process
 
 
+def execute(path, arguments, variables):
+    """Become another program; comes back only if that cannot be, with os.errno()."""
+    first, _kept = _c_strings(arguments)
+    second, _kept_too = _c_strings(variables)
+    _execve(path, uctypes.addressof(first), uctypes.addressof(second))
+
+
+def unblock_signals():
+    """Let every signal through."""
+    _sigprocmask(_SIG_SETMASK, _NO_SIGNALS, None)
+
+
 def become_reaper():
-    """Orphans below this process become its children; a descriptor that can be read when a child has ended."""
-    checked(_prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0), "becoming a reaper")
+    """Orphans below this process become its children; a descriptor that can be read when a child has ended.
+
+    Nobody may look into it any more, nor into what it forks before that is a program of its own.
+    """
+    checked(prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0), "becoming private")
+    checked(prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0), "becoming a reaper")
     _sigprocmask(_SIG_BLOCK, _signal_set(SIGCHLD, SIGPIPE), None)
     return checked(_signalfd(-1, _signal_set(SIGCHLD), O_NONBLOCK | O_CLOEXEC), "signalfd")
 
@@ -344,7 +366,7 @@ def reseed_random(data):
     descriptor = open_file("/dev/urandom", O_WRONLY)
     try:
         write(descriptor, data, len(data))
-        checked(_ioctl(descriptor, _RNDRESEEDCRNG, None), "seeding the random generator")
+        checked(ioctl(descriptor, _RNDRESEEDCRNG, None), "seeding the random generator")
     finally:
         _close(descriptor)
 
@@ -390,6 +412,13 @@ def accept(listener):
     return descriptor
 
 
+def socket_pair():
+    """Two sockets that are connected, closed in other programs."""
+    ends = array.array("i", [0, 0])
+    checked(_socketpair(1, 1 | O_CLOEXEC, 0, ends), "making a pair of sockets")
+    return ends[0], ends[1]
+
+
 def receive_descriptor(connection):
     """The descriptor that comes with the next message (unix(7), SCM_RIGHTS); -1 if there is none yet."""
     data, control = bytearray(256), bytearray(64)
@@ -410,8 +439,8 @@ def open_terminal():
     """A pseudo-terminal (pty(7)): our end, and the end for a program."""
     ours = open_file("/dev/ptmx", O_RDWR | _O_NOCTTY)
     number = array.array("i", [0])
-    _ioctl(ours, _TIOCSPTLCK, number)
-    _ioctl(ours, _TIOCGPTN, number)
+    ioctl(ours, _TIOCSPTLCK, number)
+    ioctl(ours, _TIOCGPTN, number)
     theirs = _open(f"/dev/pts/{number[0]}", O_RDWR | _O_NOCTTY | O_CLOEXEC, 0)
     if theirs < 0:
         error = os.errno()
@@ -422,7 +451,7 @@ def open_terminal():
 
 
 def set_window(terminal, rows, columns):
-    checked(_ioctl(terminal, _TIOCSWINSZ, array.array("H", [rows, columns, 0, 0])), "setting the window's size")
+    checked(ioctl(terminal, _TIOCSWINSZ, array.array("H", [rows, columns, 0, 0])), "setting the window's size")
 
 
 def watch_files():
@@ -481,4 +510,4 @@ def _remove_within(path, device):
 
 
 _word = array.array("i", [0])
-_null = open_file("/dev/null", O_RDWR)
+null = open_file("/dev/null", O_RDWR)

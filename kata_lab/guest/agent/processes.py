@@ -4,10 +4,12 @@ import asyncio
 import os
 
 import linux
-from rpc import FAILED_PRECONDITION, RpcError
+from entry import Channel
+from rpc import FAILED_PRECONDITION, INTERNAL, NOT_FOUND, PERMISSION_DENIED, RpcError
 from streams import Listener, Stream
 
 PIPE_BYTES = 1 << 18
+_LONGEST_ERROR = 4096
 _END_OF_FILE = b"\x04"  # what a terminal takes for it, VEOF
 
 
@@ -64,6 +66,39 @@ class Process:
             if stream is not None:
                 stream.close()
 
+    async def enter(self, make, children, on_end):
+        """Have ``make(standard, channel)`` fork it and return its number, or raise; it is as it runs its program."""
+        child = ours = None
+        standard, socket = (), -1
+        errors, inner = linux.pipe()
+        errors = Stream(errors)
+        linux.set_nonblocking(errors.descriptor)
+        try:
+            try:
+                if self.terminal:
+                    ours, socket = linux.socket_pair()
+                else:
+                    standard = self._make_pipes()
+                child = children.made(make(standard, Channel(inner, socket)), on_end)
+            finally:
+                for descriptor in [inner] + list(standard) + ([socket] if socket >= 0 else []):
+                    linux.close(descriptor)
+            await _raise_error(errors)
+            if self.terminal:
+                self._take_terminal(linux.receive_descriptor(ours))
+            self.child = child
+        except BaseException:
+            self.close()
+            if child is not None:
+                child.kill(linux.SIGKILL)
+                await child.wait()
+            raise
+        finally:
+            self.known.set()
+            errors.close()
+            if ours is not None:
+                linux.close(ours)
+
     async def launch(self, crun, children, arguments, on_end):
         """Have crun make it, with its streams; then it waits or runs, and is our child."""
         numbers = crun.path("pid")
@@ -86,7 +121,8 @@ class Process:
             except OSError:
                 pass
 
-    async def _launch_on_pipes(self, crun, arguments):
+    def _make_pipes(self):
+        """Pipes for the standard streams; the ends of the process."""
         theirs = []
         try:
             for way in range(3):
@@ -102,6 +138,21 @@ class Process:
                     self.stdout = stream
                 else:
                     self.stderr = stream
+        except BaseException:
+            for descriptor in theirs:
+                linux.close(descriptor)
+            raise
+        return theirs
+
+    def _take_terminal(self, descriptor):
+        linux.set_nonblocking(descriptor)
+        self.stdin = self.stdout = Stream(descriptor)
+        if self.window is not None:
+            self.resize(self.window.get("height", 0), self.window.get("width", 0))
+
+    async def _launch_on_pipes(self, crun, arguments):
+        theirs = self._make_pipes()
+        try:
             await crun.run(arguments, theirs)
         finally:
             for descriptor in theirs:
@@ -122,10 +173,21 @@ class Process:
         finally:
             listener.close()
             os.remove(path)
-        linux.set_nonblocking(descriptor)
-        self.stdin = self.stdout = Stream(descriptor)
-        if self.window is not None:
-            self.resize(self.window.get("height", 0), self.window.get("width", 0))
+        self._take_terminal(descriptor)
+
+
+async def _raise_error(errors):
+    """Until the process runs its program. RpcError if it comes to no program, with why."""
+    said, buffer = b"", bytearray(1024)
+    while count := await errors.read(buffer, len(buffer)):
+        said = (said + bytes(memoryview(buffer)[:count]))[:_LONGEST_ERROR]
+    if said:
+        number, _, text = said.decode().partition(" ")
+        number = int(number)
+        code = NOT_FOUND if number == linux.ENOENT else INTERNAL
+        if number in (linux.EACCES, linux.ENOEXEC, linux.EISDIR):
+            code = PERMISSION_DENIED
+        raise RpcError(code, f"{text}: {linux.strerror(number)}")
 
 
 def _kill_unknown(numbers):

@@ -8,6 +8,7 @@ import time
 import pytest
 
 from tests.kata_lab.agent.guest import STORAGES, AgentGuest, InGuest, StatusCode, configuration
+from tests.kata_lab.agent.referee import console
 
 HOST = {"linux": {"namespaces": [{"type": "mount"}]}}
 RUN = {"destination": "/guest", "type": "bind", "source": "/run/kata-containers/sandbox", "options": ["rbind", "rw"]}
@@ -129,7 +130,15 @@ def test_the_debug_console_is_a_terminal(guest: AgentGuest) -> None:
     deadline = time.monotonic() + 20
     while guest.metric("kata_agent_process_open_fds") > descriptors and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert guest.metric("kata_agent_process_open_fds") == descriptors
+    assert guest.metric("kata_agent_process_open_fds") <= descriptors
+
+
+def test_the_agent_s_interpreter_cannot_be_changed(guest: AgentGuest) -> None:
+    # What enters a container is the agent's interpreter until its program runs.
+    with console(guest) as shell:
+        done = shell.run("chmod 755 /usr/bin/micropython")
+    assert done.status != 0
+    assert "Read-only file system" in done.errors
 
 
 def test_frames_that_are_too_long_or_no_message_do_not_end_the_connection(guest: AgentGuest) -> None:
