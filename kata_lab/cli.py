@@ -125,6 +125,7 @@ def build_parser() -> argparse.ArgumentParser:
         ("image", "the lifsea image against the debian image: packages, size, boot to services"),
         ("io", "disk, network, shared directory and sockets of a guest"),
         ("run", "a container from nothing, with the parts of its start; one in a running sandbox; exec; memory"),
+        ("hotplug", "vCPUs, memory, disk and shared directory by upcall, against QEMU's ACPI and PCI"),
     ):
         each = kinds.add_parser(kind, help=told, allow_abbrev=False)
         each.add_argument("--json", action="store_true", help="print plain data")
@@ -208,8 +209,10 @@ def _boot(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    from kata_lab.bench.command import run_boot, run_compute, run_image, run_io, run_run
+    from kata_lab.bench.command import run_boot, run_compute, run_hotplug, run_image, run_io, run_run
 
+    if options.kind == "hotplug":
+        return run_hotplug(options.runs, options.json)
     if options.kind == "run":
         return run_run(options.runs, options.json, options.rounds)
     if options.kind == "io":

@@ -77,12 +77,15 @@ class Hotplug:
     Attributes:
         name: what was asked for.
         seconds: from the request until the guest used it, or, for a removal, until QEMU had it removed.
+        taken: from the request until the last that the kernel found, or that a driver took, before that; ``seconds`` if
+            nothing came.
         steps: in the order of their time; the first is the request, the last what it was waited for.
         devices: the names of the devices that came or went.
     """
 
     name: str
     seconds: float
+    taken: float
     steps: tuple[Step, ...]
     devices: tuple[str, ...]
 
@@ -411,8 +414,10 @@ class _Request:
         words = [word for word in self._machine.journal.words if word.source == "guest" or _of_any(word, devices)]
         told = [Step(_spoken(word), word.at - self._began) for word in words]
         seconds = self._ended - self._began
+        found = [word.at - self._began for word in words if word.text.startswith("add ") and word.at <= self._ended]
         steps = sorted([*self._answers, *told], key=lambda step: step.seconds)
-        return Hotplug(self._name, seconds, tuple(step for step in steps if step.seconds <= seconds), tuple(devices))
+        kept = tuple(step for step in steps if step.seconds <= seconds)
+        return Hotplug(self._name, seconds, max(found, default=seconds), kept, tuple(devices))
 
 
 def find_qemu() -> Peer:
@@ -502,7 +507,8 @@ def _spoken(word: Word) -> str:
     """A step for a person."""
     if word.source == "guest":
         verb, _, rest = word.text.partition(" ")
-        return {"add": f"the kernel found {rest}", "online": f"{rest} is in use"}.get(verb, f"{rest} {verb}")
+        found = "the driver has" if rest.startswith(("block ", "virtiofs ")) else "the kernel found"
+        return {"add": f"{found} {rest}", "online": f"{rest} is in use"}.get(verb, f"{rest} {verb}")
     if word.text == "ACPI_DEVICE_OST":
         return f"the kernel acknowledged {word.data['info']['device']} (_OST)"
     event = "QEMU removed" if word.text == "DEVICE_DELETED" else word.text

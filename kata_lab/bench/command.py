@@ -9,6 +9,7 @@ from typing import Any
 
 from kata_lab.bench.boot import BootFigures, measure_boot
 from kata_lab.bench.compute import ComputeFigures, measure_compute
+from kata_lab.bench.hotplug import HotplugFigures, measure_hotplug
 from kata_lab.bench.image import ImageFigures, measure_images
 from kata_lab.bench.io import IoFigures, measure_io
 from kata_lab.bench.run import PARTS, RunFigures, measure_run
@@ -27,6 +28,13 @@ def run_compute(runs: int, as_json: bool, size: float) -> int:
     """``kata-lab bench compute``; the exit status."""
     figures = measure_compute(runs, size)
     print(_json(figures) if as_json else compute_table(figures))
+    return 0
+
+
+def run_hotplug(runs: int, as_json: bool) -> int:
+    """``kata-lab bench hotplug``; the exit status."""
+    figures = measure_hotplug(runs)
+    print(_json(figures) if as_json else hotplug_table(figures))
     return 0
 
 
@@ -85,6 +93,20 @@ def compute_table(figures: ComputeFigures) -> str:
         ("memory (PSS), MiB", _mib(figures.pss_bytes), ""),
     ]
     return _table(rows, figures.runs, figures.versions)
+
+
+def hotplug_table(figures: HotplugFigures) -> str:
+    """For a person."""
+    rows: list[tuple[str, ...]] = [("", "ours", "worst", "qemu", "worst", "sooner")]
+    for name, ours in figures.ours.items():
+        theirs, ratio = figures.qemu[name], f"{figures.ratio[name]:.1f}"
+        times = (ours.median, ours.worst, theirs.median, theirs.worst)
+        rows.append((_HOTPLUG_NAMES[name], *(f"{each:.0f}" for each in times), ratio))
+    width = max(len(row[0]) for row in rows)
+    lines = [f"{name:{width}}" + "".join(f"  {each:>8}" for each in told) for name, *told in rows]
+    lines += [f"{_HOTPLUG_NAMES[name]}: {limit}" for name, limit in figures.limits.items()]
+    lines.append(_medians(figures.runs, figures.versions))
+    return "\n".join(lines)
 
 
 def image_table(figures: ImageFigures) -> str:
@@ -162,6 +184,18 @@ _RUN_NAMES = {
     "help_s": "kata-lab --help, ms",
 }
 
+_HOTPLUG_NAMES = {
+    "vcpu_plus_1_ms": "one vCPU more, ms",
+    "vcpu_plus_4_ms": "four vCPUs more, ms",
+    "disk_ms": "disk, ms",
+    "share_ms": "shared directory, ms",
+    "memory_plus_64_ms": "memory, 64 MiB more, ms",
+    "memory_minus_64_ms": "memory, 64 MiB less, ms",
+    "vcpu_minus_1_ms": "one vCPU less, ms",
+    "disk_removal_ms": "disk gone, ms",
+    "share_removal_ms": "shared directory gone, ms",
+}
+
 _IO_NAMES = {
     "seq_read_mb_s": "disk, sequential read, MB/s",
     "seq_write_mb_s": "disk, sequential write, MB/s",
@@ -195,7 +229,7 @@ def _told(versions: dict[str, str]) -> list[str]:
     return [f"{name} {version}" for name, version in versions.items()]
 
 
-def _json(figures: BootFigures | ComputeFigures | ImageFigures | IoFigures | RunFigures) -> str:
+def _json(figures: BootFigures | ComputeFigures | HotplugFigures | ImageFigures | IoFigures | RunFigures) -> str:
     return json.dumps(_rounded(asdict(figures)), indent=1)
 
 

@@ -9,7 +9,8 @@ the second serial port:
 
 ======================  ==================================================================
 ``up BYTES``            listening; the size of a block of memory
-``add KIND NAME``       the kernel has found a device: ``cpu cpu1``, ``memory memory34``, ``pci 0000:01:00.0``
+``add KIND NAME``       the kernel has found a device: ``cpu cpu1``, ``memory memory34``, ``pci 0000:01:00.0``, or a
+                        driver has taken one: ``block vda``, ``virtiofs 0``
 ``online cpu LIST``     processors that are online now (``/sys/devices/system/cpu/online``)
 ``online memory NAME``  a block of memory is in use
 ``online disk SERIAL``  the first sector of a disk was read
@@ -28,7 +29,7 @@ import ffi
 AF_NETLINK, SOCK_DGRAM, NETLINK_KOBJECT_UEVENT = 16, 2, 15
 LARGEST_EVENT = 8192
 REPORTS = "/dev/ttyS1"
-TOLD = ("cpu", "memory", "pci")
+TOLD = ("cpu", "memory", "pci", "block", "virtiofs")
 SYSTEM = "/sys/devices/system"
 SECTOR = 512
 PLACE = "/mnt"
