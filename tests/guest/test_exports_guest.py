@@ -12,7 +12,7 @@ from kata_lab.shell import GuestShell
 from tests.guest.conftest import Boot
 from vmm.config import FsConfig
 from vmm.devices.virtio.fs.device import FsDevice
-from vmm.devices.virtio.fs.share import OVERRIDE
+from vmm.devices.virtio.fs.override import OVERRIDE
 
 Guest = tuple[FsDevice, GuestShell]
 
@@ -129,3 +129,23 @@ def test_owners_and_kinds_are_those_of_the_attribute(guest: Guest, shared: Path)
     assert said(guest, "stat -c '%a %u %g' root/owned") == "4750 1000 1001"
     assert said(guest, "echo gone > root/null; wc -c < root/null") == "0"
     guest[0].remove("root")
+
+
+def test_owners_that_the_guest_gives_are_in_the_attribute(guest: Guest, shared: Path) -> None:
+    guest[0].add("owned", shared / "free", override_stat=True)
+
+    assert said(
+        guest,
+        "cd owned && mkdir place && touch place/file && chown 1000:1001 place/file && chmod 4755 place/file"
+        " && mknod null c 1 3 && mkfifo pipe && echo gone > null && stat -c '%A %u %g' place/file null pipe",
+    ).splitlines() == ["-rwsr-xr-x 1000 1001", "crw-r--r-- 0 0", "prw-r--r-- 0 0"]
+    place = shared / "free" / "place"
+    assert os.getxattr(place / "file", OVERRIDE) == b"1000:1001:4755:file"
+    assert os.getxattr(shared / "free" / "null", OVERRIDE) == b"0:0:0644:char-1-3"
+    # Root keeps the bit when it writes, anybody else does not; a new owner is not given it.
+    assert said(guest, "cd owned && echo root >> place/file && stat -c %a place/file") == "4755"
+    command = "chmod 4777 place/file && setpriv --reuid 1002 --clear-groups sh -c 'echo other >> place/file'"
+    assert said(guest, f"cd owned && {command} && stat -c %a place/file") == "777"
+    assert said(guest, "cd owned && chmod 4777 place/file && chown 5 place/file && stat -c %a place/file") == "777"
+    assert os.getxattr(place / "file", OVERRIDE) == b"5:1001:0777:file"
+    guest[0].remove("owned")

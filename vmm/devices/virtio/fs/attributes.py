@@ -7,6 +7,7 @@ is not root may not set more than ``user`` ones on the host.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import stat
@@ -15,6 +16,7 @@ from typing import Final
 
 from vmm.devices.virtio.fs import host
 from vmm.devices.virtio.fs.inodes import Inode, failure
+from vmm.devices.virtio.fs.override import OVERRIDE, can_tell
 from vmm.devices.virtio.fs.protocol import (
     ACCESS_IN,
     ARGUMENTS,
@@ -34,7 +36,7 @@ from vmm.devices.virtio.fs.protocol import (
     Opcode,
     SetAttr,
 )
-from vmm.devices.virtio.fs.share import OVERRIDE, Operation, Request, Share, decode_device
+from vmm.devices.virtio.fs.share import Operation, Request, Share, decode_device
 
 _XATTR_NAMESPACES: Final = (b"user.", b"trusted.", b"security.")
 _XATTR_FLAGS: Final = os.XATTR_CREATE | os.XATTR_REPLACE
@@ -111,9 +113,22 @@ class Attributes:
             inode = self._share.opened.file(handle).inode
         self._share.require_writable(inode)
         path = host.proc_path(descriptor)
-        changes_owner_or_mode = valid & (SetAttr.UID | SetAttr.GID | SetAttr.MODE)
-        if changes_owner_or_mode and inode.export.override_stat and self._share.overridden(inode, os.fstat(descriptor)):
-            raise failure(errno.EPERM)
+        if inode.export.override_stat and can_tell(inode.kind):
+            self._record(inode, descriptor, valid, mode, uid, gid)
+        else:
+            self._change(inode, path, valid, mode, uid, gid)
+        if valid & SetAttr.SIZE:
+            self._truncate(inode, descriptor, bool(valid & SetAttr.FH), size)
+            if valid & SetAttr.KILL_SUIDGID:
+                self._share.kill_set_id(inode, descriptor)
+        if valid & (SetAttr.ATIME | SetAttr.MTIME):
+            access = self._time(valid, SetAttr.ATIME, SetAttr.ATIME_NOW, times[0], times[3])
+            modification = self._time(valid, SetAttr.MTIME, SetAttr.MTIME_NOW, times[1], times[4])
+            host.set_times(descriptor, access, modification)
+        return self._share.attr_out(inode, os.fstat(descriptor))
+
+    def _change(self, inode: Inode, path: bytes, valid: SetAttr, mode: int, uid: int, gid: int) -> None:
+        """Change owner and mode on the host."""
         if valid & (SetAttr.UID | SetAttr.GID):
             identity = self._share.identity
             owner = identity.host_uid(uid) if valid & SetAttr.UID else _UNCHANGED
@@ -123,15 +138,21 @@ class Attributes:
             if inode.kind == stat.S_IFLNK:
                 raise failure(errno.EOPNOTSUPP)
             os.chmod(path, stat.S_IMODE(mode))
-        if valid & SetAttr.SIZE:
-            self._truncate(inode, descriptor, bool(valid & SetAttr.FH), size)
-            if valid & SetAttr.KILL_SUIDGID:
-                kill_set_id(descriptor)
-        if valid & (SetAttr.ATIME | SetAttr.MTIME):
-            access = self._time(valid, SetAttr.ATIME, SetAttr.ATIME_NOW, times[0], times[3])
-            modification = self._time(valid, SetAttr.MTIME, SetAttr.MTIME_NOW, times[1], times[4])
-            host.set_times(descriptor, access, modification)
-        return self._share.attr_out(inode, os.fstat(descriptor))
+
+    def _record(self, inode: Inode, descriptor: int, valid: SetAttr, mode: int, uid: int, gid: int) -> None:
+        """Change owner and mode where the file's attribute tells them."""
+        if not valid & (SetAttr.UID | SetAttr.GID | SetAttr.MODE):
+            return
+        told = self._share.told(inode, os.fstat(descriptor))
+        if valid & (SetAttr.UID | SetAttr.GID):
+            told = told.without_set_id()._replace(
+                uid=uid if valid & SetAttr.UID else told.uid, gid=gid if valid & SetAttr.GID else told.gid
+            )
+            with contextlib.suppress(OSError):
+                os.removexattr(host.proc_path(descriptor), "security.capability")
+        if valid & SetAttr.MODE:
+            told = told._replace(mode=stat.S_IFMT(told.mode) | stat.S_IMODE(mode))
+        self._share.record(inode, told)
 
     @staticmethod
     def _time(valid: SetAttr, given: SetAttr, now: SetAttr, seconds: int, rest: int) -> tuple[int, int]:
@@ -233,13 +254,3 @@ class Attributes:
         if mask & ~allowed:
             raise failure(errno.EACCES)
         return b""
-
-
-def kill_set_id(descriptor: int) -> None:
-    """Clear set-user-id, and set-group-id where the group may execute, as Linux does when a file is written."""
-    mode = os.fstat(descriptor).st_mode
-    killed = mode & stat.S_ISUID
-    if mode & stat.S_ISGID and mode & stat.S_IXGRP:
-        killed |= stat.S_ISGID
-    if killed:
-        os.chmod(host.proc_path(descriptor), stat.S_IMODE(mode & ~killed))

@@ -99,8 +99,8 @@ class FsDevice(VirtioDevice):
             name: under which it appears.
             path: what; a symbolic link is followed now, and never again.
             read_only: the guest can only read here. The same file may be writable where another export has it.
-            override_stat: owner, mode and kind of the files are in :data:`~vmm.devices.virtio.fs.share.OVERRIDE`, where
-                they have that attribute; the guest cannot change them there.
+            override_stat: owner, mode and kind of the files are in :data:`~vmm.devices.virtio.fs.override.OVERRIDE`,
+                where they have that attribute; what the guest makes gets it, and what it changes changes there.
 
         Raises:
             ConfigError: the share has a directory of its own, the name is taken or none, or there is nothing at the

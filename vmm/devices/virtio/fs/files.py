@@ -13,7 +13,6 @@ from collections.abc import Callable
 from typing import Final
 
 from vmm.devices.virtio.fs import host
-from vmm.devices.virtio.fs.attributes import kill_set_id
 from vmm.devices.virtio.fs.inodes import Inode, failure
 from vmm.devices.virtio.fs.opened import File
 from vmm.devices.virtio.fs.protocol import (
@@ -82,7 +81,7 @@ class Files:
             share.require_writable(inode)
         descriptor = self._opened.open(inode, flags, share.writeback)
         if flags & os.O_TRUNC and how & OPEN_KILL_SUIDGID:
-            kill_set_id(descriptor)
+            share.kill_set_id(inode, descriptor)
         handle = self._opened.add_file(inode, descriptor, flags)
         return OPEN_OUT.pack(handle, self._caching(inode, descriptor))
 
@@ -115,7 +114,7 @@ class Files:
         appends = os.RWF_APPEND if flags & os.O_APPEND and not how & WRITE_CACHE and not self._share.writeback else 0
         written = os.pwritev(file.descriptor, data, offset, appends) if size else 0
         if how & WRITE_KILL_SUIDGID:
-            kill_set_id(file.descriptor)
+            self._share.kill_set_id(file.inode, file.descriptor)
         return WRITE_OUT.pack(written)
 
     def flush(self, request: Request) -> bytes:
@@ -156,9 +155,15 @@ class Files:
             host.fallocate(descriptor, mode & 0x7FFF_FFFF, offset, length)
             return b""
 
+        self._modified(request, file)
         if length > _INLINE_ALLOCATION:
             return self._slowly(file, work)
         return work(file.descriptor)
+
+    def _modified(self, request: Request, file: File) -> None:
+        """Clear set-id bits for a request that cannot say whether to: only root keeps them (CAP_FSETID)."""
+        if request.uid:
+            self._share.kill_set_id(file.inode, file.descriptor)
 
     def lseek(self, request: Request) -> bytes:
         handle, offset, whence = LSEEK_IN.unpack(request.data, ARGUMENTS)
@@ -174,6 +179,7 @@ class Files:
         self._share.require_writable(destination.inode)
         if flags:
             raise failure(errno.EINVAL)
+        self._modified(request, destination)
         length = min(length, _MAX_COPY)
         if length <= _INLINE_COPY:
             done = os.copy_file_range(source.descriptor, destination.descriptor, length, offset, to_offset)

@@ -2,7 +2,9 @@
 
 What is made belongs to the guest's caller (:class:`vmm.devices.virtio.fs.host.Identity`) and has the mode that the
 guest asked for. FUSE_DONT_MASK is not agreed on, so the guest's kernel has applied the caller's umask already, and the
-umask of the VMM's process is undone.
+umask of the VMM's process is undone. Where an attribute tells owners (:mod:`vmm.devices.virtio.fs.override`), it is the
+VMM's own on the host, which may read and write it, and the attribute says whose it is; special files are regular ones
+then, and symbolic links, which cannot have the attribute, are made as everywhere.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from typing import Final
 
 from vmm.devices.virtio.fs import host
 from vmm.devices.virtio.fs.inodes import Inode, failure
+from vmm.devices.virtio.fs.override import Told
 from vmm.devices.virtio.fs.protocol import (
     ARGUMENTS,
     BATCH_FORGET_IN,
@@ -35,6 +38,7 @@ from vmm.devices.virtio.fs.share import Operation, Request, Share, checked, deco
 
 _RENAME_KNOWN: Final = host.RENAME_NOREPLACE | host.RENAME_EXCHANGE | host.RENAME_WHITEOUT
 _MODE: Final = 0o7777
+_DEVICES: Final = (stat.S_IFCHR, stat.S_IFBLK)
 
 
 class Names:
@@ -116,6 +120,11 @@ class Names:
             raise failure(errno.EINVAL)
         directory = self._writable(request.node)
         above = self._inodes.descriptor(directory)
+        if directory.export.override_stat:
+            os.mknod(name, _host_mode(mode), dir_fd=above)
+            return self._recorded(
+                request, directory, name, (stat.S_IFMT(mode) or stat.S_IFREG) | mode & _MODE, decode_device(device)
+            )
         with self._share.identity.acting(request.uid, request.gid):
             os.mknod(name, mode, decode_device(device), dir_fd=above)
         return self._made(directory, name, mode)
@@ -125,6 +134,9 @@ class Names:
         name = request.name(ARGUMENTS + MKDIR_IN.size)
         directory = self._writable(request.node)
         above = self._inodes.descriptor(directory)
+        if directory.export.override_stat:
+            os.mkdir(name, _host_mode(mode) | stat.S_IXUSR, dir_fd=above)
+            return self._recorded(request, directory, name, stat.S_IFDIR | mode & _MODE)
         with self._share.identity.acting(request.uid, request.gid):
             os.mkdir(name, mode & _MODE, dir_fd=above)
         return self._made(directory, name, mode)
@@ -136,6 +148,26 @@ class Names:
             os.chmod(path, stat.S_IMODE(status.st_mode) | mode & 0o777)
             status = self._inodes.status(inode)
         return self._share.entry_out(inode, status)
+
+    def _recorded(self, request: Request, directory: Inode, name: bytes, mode: int, device: int = 0) -> bytes:
+        inode, _ = self._inodes.lookup(directory, name)
+        self._record(request, directory, inode, name, mode, device)
+        return self._share.entry_out(inode, self._inodes.status(inode))
+
+    def _record(
+        self, request: Request, directory: Inode, inode: Inode, name: bytes, mode: int, device: int = 0
+    ) -> None:
+        """Have the attribute of what was just made as ``name`` tell whose it is; without that it is not made."""
+        try:
+            told = Told(mode, request.uid, request.gid, device if stat.S_IFMT(mode) in _DEVICES else 0)
+            above = self._share.told(directory, self._inodes.status(directory))
+            self._share.record(inode, _inheriting(told, above))
+        except OSError:
+            self._forget(inode.node, 1)
+            if name:
+                remove = os.rmdir if stat.S_ISDIR(mode) else os.unlink
+                remove(name, dir_fd=self._inodes.descriptor(directory))
+            raise
 
     @staticmethod
     def _lacks(status: os.stat_result, mode: int) -> int:
@@ -207,7 +239,7 @@ class Names:
                 self._forget(inode.node, 1)
                 raise
         else:
-            inode, status = self._adopted(descriptor, directory, name, mode)
+            inode, status = self._adopted(request, descriptor, directory, name, mode)
         return self._opened(inode, status, descriptor, flags)
 
     def tmpfile(self, request: Request) -> bytes:
@@ -218,7 +250,7 @@ class Names:
             raise failure(errno.EINVAL)
         descriptor = self._create(request, directory, b".", flags, os.O_TMPFILE | flags & os.O_EXCL, mode)
         # It has no name until the guest links it.
-        inode, status = self._adopted(descriptor, directory, b"", mode)
+        inode, status = self._adopted(request, descriptor, directory, b"", mode)
         return self._opened(inode, status, descriptor, flags)
 
     def _create(self, request: Request, directory: Inode, name: bytes, flags: int, how: int, mode: int) -> int:
@@ -226,15 +258,23 @@ class Names:
         if self._share.writeback and access == os.O_WRONLY:
             access = os.O_RDWR
         kept = flags & (os.O_SYNC | os.O_DSYNC) | access | os.O_NOFOLLOW | os.O_CLOEXEC
+        if directory.export.override_stat:
+            return self._inodes.open(name, kept | how, _host_mode(mode), directory)
         with self._share.identity.acting(request.uid, request.gid):
             return self._inodes.open(name, kept | how, mode & _MODE, directory)
 
-    def _adopted(self, descriptor: int, directory: Inode, name: bytes, mode: int) -> tuple[Inode, os.stat_result]:
+    def _adopted(
+        self, request: Request, descriptor: int, directory: Inode, name: bytes, mode: int
+    ) -> tuple[Inode, os.stat_result]:
         try:
             inode, status = self._inodes.adopt(descriptor, directory, name)
-            if self._lacks(status, mode):
+            if directory.export.override_stat:
+                self._record(request, directory, inode, name, stat.S_IFREG | mode & _MODE)
+            elif self._lacks(status, mode):
                 os.fchmod(descriptor, stat.S_IMODE(status.st_mode) | mode & 0o777)
-                status = os.fstat(descriptor)
+            else:
+                return inode, status
+            status = os.fstat(descriptor)
         except BaseException:
             os.close(descriptor)
             raise
@@ -250,3 +290,20 @@ class Names:
         directory = self._share.directory(node)
         self._share.require_writable(directory)
         return directory
+
+
+def _host_mode(mode: int) -> int:
+    """Permissions on the host of what an attribute tells more about: the VMM's own can read and write it."""
+    return mode & 0o777 | stat.S_IRUSR | stat.S_IWUSR
+
+
+def _inheriting(told: Told, above: Told) -> Told:
+    """What is made in a directory with set-group-id has its group (inode(7)); a directory hands the bit on."""
+    if not above.mode & stat.S_ISGID:
+        return told
+    mode = told.mode
+    if stat.S_ISDIR(mode):
+        mode |= stat.S_ISGID
+    elif mode & stat.S_IXGRP and told.uid and told.gid != above.gid:
+        mode &= ~stat.S_ISGID
+    return told._replace(mode=mode, gid=above.gid)

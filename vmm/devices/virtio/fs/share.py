@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 import stat
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Final
 from vmm.devices.virtio.fs import host
 from vmm.devices.virtio.fs.inodes import Inode, Inodes, failure
 from vmm.devices.virtio.fs.opened import Locks, Opened
+from vmm.devices.virtio.fs.override import OVERRIDE, Told, can_tell, killed_bits, told_by
 from vmm.devices.virtio.fs.protocol import ATTR_OUT, ENTRY_OUT, NAME_MAX, RESULTS, Feature
 from vmm.devices.virtio.queue import Chain
 
@@ -117,26 +117,6 @@ class Waiting:
 
 Answer = bytes | Filled | Slow | Waiting | None
 Operation = Callable[[Request], Answer]
-
-
-OVERRIDE: Final = b"user.containers.override_stat"
-"""The attribute in which container tools that are not root keep what a file is to a container: ``uid:gid:mode``, and
-the kind of a special file, as in ``0:0:644``, ``0:0:666:char-1-3`` or ``0:0:644:pipe``. It is not shown to guests."""
-
-_OVERRIDE: Final = re.compile(
-    rb"(?P<uid>\d{1,10}):(?P<gid>\d{1,10}):(?P<mode>[0-7]{1,6})"
-    rb"(?::(?P<kind>file|dir|symlink|pipe|fifo|socket|char|block)(?:-(?P<major>\d{1,10})-(?P<minor>\d{1,10}))?)?"
-)
-_KINDS: Final = {
-    b"file": stat.S_IFREG,
-    b"dir": stat.S_IFREG,
-    b"symlink": stat.S_IFREG,
-    b"pipe": stat.S_IFIFO,
-    b"fifo": stat.S_IFIFO,
-    b"socket": stat.S_IFSOCK,
-    b"char": stat.S_IFCHR,
-    b"block": stat.S_IFBLK,
-}
 
 
 class Share:
@@ -240,24 +220,34 @@ class Share:
             0,
         )
 
-    def overridden(self, inode: Inode, status: os.stat_result) -> tuple[int, int, int, int] | None:
-        """Mode, owner, group and device that the file's attribute tells; None if there is none, or nonsense in it."""
-        if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
-            return None  # Linux keeps user attributes for these kinds only
+    def overridden(self, inode: Inode, status: os.stat_result) -> Told | None:
+        """What the file's attribute tells; None if there is none, or nonsense in it."""
+        if not can_tell(status.st_mode):
+            return None
         try:
             text = os.getxattr(host.proc_path(self.inodes.descriptor(inode)), OVERRIDE)
         except OSError:
             return None
-        found = _OVERRIDE.fullmatch(text)
-        if found is None:
-            return None
-        kind, device = stat.S_IFMT(status.st_mode), 0
-        if found["kind"] is not None and stat.S_ISREG(status.st_mode):
-            kind = _KINDS[found["kind"]]
-            if found["major"] is not None:
-                device = os.makedev(int(found["major"]) & 0xFFF, int(found["minor"]) & 0xFFFFF)
-        uid, gid = int(found["uid"]) & 0xFFFF_FFFF, int(found["gid"]) & 0xFFFF_FFFF
-        return kind | int(found["mode"], 8) & 0o7777, uid, gid, device
+        return told_by(text, status.st_mode)
+
+    def told(self, inode: Inode, status: os.stat_result) -> Told:
+        """What the guest sees of the file, whether an attribute tells it or not."""
+        return self.overridden(inode, status) or Told(
+            status.st_mode, self.identity.guest_uid(status.st_uid), self.identity.guest_gid(status.st_gid)
+        )
+
+    def record(self, inode: Inode, told: Told) -> None:
+        """Have the file's attribute tell this; what the host says where the file system has no attributes."""
+        os.setxattr(host.proc_path(self.inodes.descriptor(inode)), OVERRIDE, told.text)
+
+    def kill_set_id(self, inode: Inode, descriptor: int) -> None:
+        """Clear the set-id bits of a file that was written to, wherever its mode is kept."""
+        status = os.fstat(descriptor)
+        if inode.export.override_stat and (told := self.overridden(inode, status)) is not None:
+            if killed_bits(told.mode):
+                self.record(inode, told.without_set_id())
+        elif killed := killed_bits(status.st_mode):
+            os.chmod(host.proc_path(descriptor), stat.S_IMODE(status.st_mode & ~killed))
 
     def permissions(self, inode: Inode, status: os.stat_result) -> tuple[int, int, int]:
         """Mode, owner and group as the guest sees them."""
