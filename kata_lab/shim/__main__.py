@@ -107,11 +107,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--id", required=True, help="the sandbox")
     parser.add_argument("--container", action="append", default=[], help="a container with a record, to create")
     parser.add_argument("--ready", type=int, metavar="FD", help="where to say that it serves")
-    parser.add_argument("--stay", action="store_true", help="do not end with the last container")
+    parser.add_argument("--stay", action="store_true", help="serve bundles, and do not end with the last container")
     options = parser.parse_args(arguments)
     if options.ready is not None:
         # Whatever else the starter's starter had open, such as the pipe of a job that waits for its end.
         os.closerange(options.ready + 1, os.sysconf("SC_OPEN_MAX"))
+    if options.stay:
+        # It takes bundles, whose mounts shall end with it.
+        from kata_lab.resource.snapshot_mounts import keep_mounts_private
+
+        keep_mounts_private()
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_JsonLines(options.id))
     logging.basicConfig(level=logging.INFO, handlers=[handler])

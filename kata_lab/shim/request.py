@@ -11,8 +11,9 @@ are limits that were changed later, as ``linux.resources`` of the OCI configurat
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, cast
@@ -51,6 +52,19 @@ class Prepared:
 
 
 @dataclass(frozen=True, slots=True)
+class Bundle:
+    """An OCI bundle.
+
+    Attributes:
+        path: the directory.
+        mounts: what is mounted at its root before, as messages ``containerd.types.Mount``.
+    """
+
+    path: Path
+    mounts: Sequence[Mapping[str, Any]] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class _DirectoryImage:
     """What make_spec() asks of an image, for a directory that says nothing."""
 
@@ -86,7 +100,7 @@ def merged(before: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, A
 
 def _prepare(request: Mapping[str, Any]) -> Prepared:
     if request.get("bundle"):
-        return prepare_bundle(Path(request["bundle"]))
+        return prepare_bundle(Bundle(Path(request["bundle"])))
     from kata_lab.oci import ImageConfig, make_spec
     from kata_lab.oci.layered import LayeredTree
 
@@ -110,24 +124,31 @@ def _prepare(request: Mapping[str, Any]) -> Prepared:
         raise
 
 
-def prepare_bundle(bundle: Path) -> Prepared:
-    """Read an OCI bundle: ``config.json``, and the root that it names.
+def prepare_bundle(bundle: Bundle) -> Prepared:
+    """Read an OCI bundle, ``config.json`` and the root that it names, and carry its mounts out.
 
     Raises:
-        KataLabError: the configuration is refused, or its root is no directory.
+        KataLabError: the configuration or a mount is refused, or the root is no directory.
     """
     from kata_lab.oci import load_spec
     from kata_lab.oci.layered import LayeredTree
 
-    spec = load_spec(bundle)
+    spec = load_spec(bundle.path)
     root = spec.get("root") or {}
-    path = bundle / root.get("path", "rootfs")
-    if not path.is_dir():
-        raise RuntimeFault(f"{bundle / 'config.json'}: $.root.path is {root.get('path')!r}: it must be a directory")
-    for mount in spec.get("mounts", ()):
-        if mount.get("type") == "bind" or {"bind", "rbind"} & set(mount.get("options", ())):
-            mount["source"] = str(bundle / mount["source"])
-    return Prepared(spec, DirectoryRoot(path, bool(root.get("readonly"))), LayeredTree([path]), "", lambda: None)
+    path = bundle.path / root.get("path", "rootfs")
+    with contextlib.ExitStack() as held:
+        if bundle.mounts:
+            from kata_lab.resource.snapshot_mounts import mounted
+
+            held.enter_context(mounted(bundle.mounts, path))
+        if not path.is_dir():
+            what = f"$.root.path is {root.get('path')!r}: it must be a directory"
+            raise RuntimeFault(f"{bundle.path / 'config.json'}: {what}")
+        for mount in spec.get("mounts", ()):
+            if mount.get("type") == "bind" or {"bind", "rbind"} & set(mount.get("options", ())):
+                mount["source"] = str(bundle.path / mount["source"])
+        fixed = bool(root.get("readonly")) or any("ro" in each["options"] for each in bundle.mounts)
+        return Prepared(spec, DirectoryRoot(path, fixed), LayeredTree([path]), "", held.pop_all().close)
 
 
 def _opened(reference: str) -> ImageHandle:

@@ -26,7 +26,7 @@ from kata_lab.runtime.state import ProcessIdentity
 from kata_lab.shim.hub import Hub
 from kata_lab.shim.output_log import OutputLog
 from kata_lab.shim.records import UNKNOWN_STATUS, ContainerDirectory, ContainerRecord
-from kata_lab.shim.request import Prepared, exec_process, merged, prepare, prepare_bundle
+from kata_lab.shim.request import Bundle, Prepared, exec_process, merged, prepare, prepare_bundle
 from kata_lab.shim.stdio import StdioPaths
 from kata_lab.shim.task import ExecTask, Task, TaskProcess
 from kata_lab.ttrpc import RpcError, StatusCode
@@ -239,23 +239,28 @@ class Shim:
             await self._note(task)
         return task
 
-    async def create_bundle(self, task_id: str, bundle: str, terminal: bool, paths: StdioPaths) -> Task:
+    async def create_bundle(self, task_id: str, bundle: Bundle, terminal: bool, paths: StdioPaths) -> Task:
         """Create a container of an OCI bundle, and the sandbox with the first one.
 
         Raises:
             KataLabError: it cannot be; nothing is left behind.
         """
         process = TaskProcess("", terminal, bool(paths.stdin), Hub(), paths)
-        prepared = await asyncio.to_thread(prepare_bundle, Path(bundle))
-        prepared.spec["process"]["terminal"] = terminal
         async with self._order:
             if task_id in self.tasks:
                 raise RpcError(StatusCode.ALREADY_EXISTS, f"container {task_id} is {self.tasks[task_id].state} already")
-            if self._sandbox is None:
-                await self._start_sandbox([prepared.spec], prepared.spec.get("hostname", ""))
-            container = await self.sandbox.create_container(prepared.spec, prepared.rootfs, task_id)
+            # The loop's own thread is the one whose mounts the VM's threads see.
+            prepared = prepare_bundle(bundle)
+            try:
+                prepared.spec["process"]["terminal"] = terminal
+                if self._sandbox is None:
+                    await self._start_sandbox([prepared.spec], prepared.spec.get("hostname", ""))
+                container = await self.sandbox.create_container(prepared.spec, prepared.rootfs, task_id)
+            except BaseException:
+                prepared.release()
+                raise
             self._prepared[task_id] = prepared
-            task = self.tasks[task_id] = Task(task_id, container, process, bundle=bundle)
+            task = self.tasks[task_id] = Task(task_id, container, process, bundle=str(bundle.path))
         return task
 
     async def start_task(self, task_id: str, exec_id: str = "") -> None:

@@ -1,20 +1,22 @@
 """containerd's Task API, version 2 (containerd, runtime/v2/task; ``kata_lab/protocol/task.proto``).
 
 Process numbers are those of the shim, as Kata's shim tells them: what runs in the guest has no number on the host. A
-bundle's root file system is the one in its ``config.json``; mounts in the request (containerd's snapshots) are refused,
-and so are checkpoints. An exec's description is the JSON of an OCI process, or the one of :data:`request.EXEC_WISH`.
+bundle's root file system is the one in its ``config.json``, where the mounts in the request (containerd's snapshots)
+are carried out before (:mod:`kata_lab.resource.snapshot_mounts`). Checkpoints are refused. An exec's description is the
+JSON of an OCI process, or the one of :data:`request.EXEC_WISH`.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from kata_lab.errors import KataLabError
 from kata_lab.protocol.proto import load
 from kata_lab.protocol.wire import encode
-from kata_lab.shim.request import EXEC_WISH
+from kata_lab.shim.request import EXEC_WISH, Bundle
 from kata_lab.shim.stdio import StdioPaths
 from kata_lab.shim.task import TaskProcess
 from kata_lab.ttrpc import RpcError, StatusCode
@@ -90,13 +92,9 @@ class TaskService:
         for name in ("checkpoint", "parent_checkpoint"):
             if request[name]:
                 raise _no_checkpoints(f"{name} is {request[name]!r}")
-        if request["rootfs"]:
-            text = (
-                f"rootfs has {len(request['rootfs'])} mounts: it must be empty, the bundle's config.json names the root"
-            )
-            raise RpcError(StatusCode.UNIMPLEMENTED, text)
         paths = StdioPaths(request["stdin"], request["stdout"], request["stderr"])
-        await self._shim.create_bundle(request["id"], request["bundle"], request["terminal"], paths)
+        bundle = Bundle(Path(request["bundle"]), tuple(request["rootfs"]))
+        await self._shim.create_bundle(request["id"], bundle, request["terminal"], paths)
         return {"pid": os.getpid()}
 
     async def _start(self, request: dict[str, Any], call: Call) -> dict[str, Any]:

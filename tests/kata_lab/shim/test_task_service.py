@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from kata_lab.protocol.proto import load
 from kata_lab.protocol.wire import decode
 from kata_lab.shim.client import ShimClient
 from kata_lab.ttrpc import RpcError, StatusCode
+from tests.kata_lab.cli_process import environment
 from tests.kata_lab.shim.serving import bounded, bundle_of, output_of, recorded, serving, until
 
 STATUS = load("task.proto").enums["containerd.v1.types.Status"]
@@ -73,7 +77,18 @@ def test_output_goes_to_files_too(home: Path) -> None:
     [
         ({"stdout": "binary:///bin/sh?x"}, StatusCode.INVALID_ARGUMENT, "stdout is 'binary:///bin/sh\\?x'"),
         ({"checkpoint": "/tmp/x"}, StatusCode.UNIMPLEMENTED, "makes no checkpoints"),
-        ({"rootfs": [{"type": "overlay"}]}, StatusCode.UNIMPLEMENTED, "rootfs has 1 mounts: it must be empty"),
+        ({"rootfs": [{"type": "ext4"}]}, StatusCode.UNIMPLEMENTED, r"rootfs\[0\].type is 'ext4': it must be bind"),
+        ({"rootfs": [{"type": "bind", "source": "a"}]}, StatusCode.INVALID_ARGUMENT, r"rootfs\[0\].source is 'a'"),
+        (
+            {"rootfs": [{"type": "bind", "source": "/", "target": "../../x"}]},
+            StatusCode.INVALID_ARGUMENT,
+            "must not lead out of the root",
+        ),
+        (
+            {"rootfs": [{"type": "overlay", "options": ["lowerdir=" + "x" * 5000]}]},
+            StatusCode.INVALID_ARGUMENT,
+            "more than the 4095 bytes",
+        ),
     ],
 )
 def test_requests_that_cannot_be_carried_out_say_so(
@@ -100,6 +115,76 @@ def test_bundle_with_a_wrong_configuration_is_refused_with_its_path(home: Path) 
             assert serves.sandboxes == []
 
     bounded(body)
+
+
+def snapshot(home: Path) -> list[dict[str, Any]]:
+    """Two layers, and a directory that is bound over one of theirs."""
+    for name in ("lower/data", "upper", "more"):
+        (home / name).mkdir(parents=True)
+    (home / "lower" / "file").write_text("lower")
+    (home / "upper" / "file").write_text("upper")
+    (home / "more" / "bound").write_text("bound")
+    overlay = {"type": "overlay", "source": "overlay", "options": [f"lowerdir={home}/upper:{home}/lower"]}
+    return [overlay, {"type": "bind", "source": f"{home}/more", "target": "/data", "options": ["rbind", "ro"]}]
+
+
+def mounts_below(home: Path) -> list[str]:
+    return [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines() if str(home) in line]
+
+
+def test_mounts_of_the_request_are_the_root_until_the_container_is_deleted(home: Path) -> None:
+    async def body() -> None:
+        root = home / "bundle-c1" / "rootfs"
+        mounts = snapshot(home)
+        async with serving("c1", stay=True) as serves, serves.client() as client:
+            if os.geteuid() != 0:
+                with pytest.raises(RpcError, match="which only root may do"):
+                    await created(client, home, "c1", "true", rootfs=mounts)
+                return
+            await created(client, home, "c1", "true", rootfs=mounts)
+            assert ((root / "file").read_text(), (root / "data" / "bound").read_text()) == ("upper", "bound")
+            with pytest.raises(OSError, match="Read-only"):
+                (root / "data" / "bound").write_text("changed")
+            await client.task("Start", id="c1")
+            await client.task("Wait", id="c1")
+            await client.task("Delete", id="c1")
+            assert (mounts_below(home), list(root.iterdir())) == ([], [])
+
+    bounded(body)
+
+
+@pytest.mark.parametrize("fault", ["mount", "container", "end"])
+def test_mounts_go_when_the_container_cannot_be_made_or_its_sandbox_ends(home: Path, fault: str) -> None:
+    async def body() -> None:
+        mounts = snapshot(home)
+        if fault == "mount":
+            mounts.append({"type": "bind", "source": f"{home}/nowhere", "options": ["bind"]})
+        async with serving("c1", stay=True) as serves, serves.client() as client:
+            with contextlib.suppress(RpcError) if fault == "end" else pytest.raises(RpcError):
+                await created(client, home, "c1", "/no/create" if fault == "container" else "true", rootfs=mounts)
+        assert mounts_below(home) == []
+
+    bounded(body)
+
+
+def test_mounts_of_a_shim_are_nobody_elses_and_end_with_it(home: Path) -> None:
+    reader, writer = os.pipe()
+    command = [sys.executable, "-m", "tests.kata_lab.shim.fake", "--id", "c1", "--stay", "--ready", str(writer)]
+    with subprocess.Popen(command, env=environment(), pass_fds=[writer]) as shim:
+        os.close(writer)
+        assert os.read(reader, 100) == b"{}\n"
+        os.close(reader)
+
+        async def body() -> None:
+            async with ShimClient.connect("c1") as client:
+                with contextlib.suppress(RpcError) if os.geteuid() else contextlib.nullcontext():
+                    await created(client, home, "c1", "true", rootfs=snapshot(home))
+
+        bounded(body)
+        seen = mounts_below(home)
+        shim.kill()
+
+    assert (seen, list((home / "bundle-c1" / "rootfs").iterdir())) == ([], [])
 
 
 def test_checkpoints_are_not_made(home: Path) -> None:
