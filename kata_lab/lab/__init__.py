@@ -28,6 +28,14 @@ if TYPE_CHECKING:
     )
     from kata_lab.lab.exercise import Feedback
     from kata_lab.lab.hand_driver import HandDriver
+    from kata_lab.lab.hotplug_views import (
+        HotplugControls,
+        Steps,
+        field_table,
+        frame_table,
+        hotplug_timeline,
+        record_table,
+    )
     from kata_lab.lab.image_views import difference_table, image_table, size_chart, steps_chart
     from kata_lab.lab.image_workshop import Workshop, seconds_to_services
     from kata_lab.lab.machines import Machines
@@ -51,6 +59,7 @@ _HOMES = {
     ),
     "exercise": ("Feedback",),
     "hand_driver": ("HandDriver",),
+    "hotplug_views": (*("HotplugControls", "Steps", "field_table", "frame_table", "hotplug_timeline", "record_table"),),
     "image_views": ("difference_table", "image_table", "size_chart", "steps_chart"),
     "image_workshop": ("Workshop", "seconds_to_services"),
     "machines": ("Machines",),
@@ -68,11 +77,13 @@ __all__ = [
     "ConsoleView",
     "Feedback",
     "HandDriver",
+    "HotplugControls",
     "Machines",
     "Outcome",
     "Picture",
     "QueueView",
     "SlotProbe",
+    "Steps",
     "Stopped",
     "Table",
     "Workshop",
@@ -92,11 +103,15 @@ __all__ = [
     "exits_chart",
     "exits_per",
     "feature_table",
+    "field_table",
+    "frame_table",
     "hex_table",
+    "hotplug_timeline",
     "image_table",
     "latency_chart",
     "layer_table",
     "milestone_table",
+    "record_table",
     "register_table",
     "request_table",
     "run_bare",
