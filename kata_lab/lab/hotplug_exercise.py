@@ -81,7 +81,11 @@ async def try_resize(sandbox: Sandbox, vcpus: int) -> Attempt:
     frames = () if vm.upcall is None else tuple(each for each in vm.upcall.frames if each.seconds > passed)
     log = await asyncio.to_thread(_kernel_log, vm)
     online = int(await asyncio.to_thread(_told, vm, "grep -c ^processor /proc/cpuinfo"))
-    return Attempt(vcpus, before, error, frames, tuple(log[seen:]), online, len(vm.thread_ids))
+    return Attempt(vcpus, before, error, frames, tuple(log[seen:]), online, _vcpu_threads(vm))
+
+
+def _vcpu_threads(vm: MicroVm) -> int:
+    return sum(name.startswith("vcpu") for name in vm.thread_ids)
 
 
 def _kernel_log(vm: MicroVm) -> list[str]:
