@@ -111,6 +111,7 @@ class AcpiGuest:
         self.memory_mib = memory_mib
         self.block_mib = 0  #: size of the pieces in which memory comes, in MiB
         self._image = image
+        self._booted: AcpiMachine | None = None
         self._stack = contextlib.AsyncExitStack()
         self._vcpus: list[str] = []
         self._disks: dict[str, int] = {}
@@ -125,18 +126,19 @@ class AcpiGuest:
         image = await asyncio.to_thread(acpi_image) if self._image is None else self._image
         async with contextlib.AsyncExitStack() as stack:
             booting = AcpiMachine.boot(peer, image, self.max_vcpus, self.memory_mib)
-            self._machine = await stack.enter_async_context(booting)
-            up = self._machine.journal.find(lambda word: word.source == "guest" and bool(_UP.fullmatch(word.text)))
-            word = await self._machine.while_running(up, "telling that its guest is up", LONGEST_BOOT)
+            machine = await stack.enter_async_context(booting)
+            up = machine.journal.find(lambda word: word.source == "guest" and bool(_UP.fullmatch(word.text)))
+            word = await machine.while_running(up, "telling that its guest is up", LONGEST_BOOT)
             self.block_mib = int(word.text.split()[1]) >> 20
             if not self.block_mib:
                 raise AcpiError(f"the guest says {word.text!r}: a block of its memory should be some MiB")
-            self._stack = stack.pop_all()
+            self._booted, self._stack = machine, stack.pop_all()
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._booted = None
         try:
             await self._stack.aclose()
         finally:
@@ -162,6 +164,12 @@ class AcpiGuest:
     def shares(self) -> tuple[str, ...]:
         """The tags of the shared directories that were added."""
         return tuple(self._shares)
+
+    @property
+    def _machine(self) -> AcpiMachine:
+        if self._booted is None:
+            raise AcpiError("the guest does not run: ask within 'async with AcpiGuest() as guest'")
+        return self._booted
 
     # vCPUs
 
@@ -460,7 +468,7 @@ async def _serving(program: Path, path: Path, place: Path) -> AsyncIterator[Mapp
             stdout=messages,
             stderr=messages,
             pass_fds=(listener.fileno(),),
-            start_new_session=True,
+            process_group=0,
         )
     try:
         yield {"type": "unix", "data": {"path": os.fspath(place)}}

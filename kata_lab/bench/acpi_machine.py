@@ -250,7 +250,7 @@ async def _start(command: Sequence[str], directory: Path, descriptors: tuple[int
                 stderr=messages,
                 cwd=directory,
                 pass_fds=descriptors,
-                start_new_session=True,
+                process_group=0,
             )
         except OSError as error:
             raise AcpiError(f"{command[0]} cannot be started ({error.strerror})") from error

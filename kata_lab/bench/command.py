@@ -104,7 +104,7 @@ def hotplug_table(figures: HotplugFigures) -> str:
         rows.append((_HOTPLUG_NAMES[name], *(f"{each:.0f}" for each in times), ratio))
     width = max(len(row[0]) for row in rows)
     lines = [f"{name:{width}}" + "".join(f"  {each:>8}" for each in told) for name, *told in rows]
-    lines += [f"{_HOTPLUG_NAMES[name]}: {limit}" for name, limit in figures.limits.items()]
+    lines += [f"{_HOTPLUG_NAMES[name].strip()}: {limit}" for name, limit in figures.limits.items()]
     lines.append(_medians(figures.runs, figures.versions))
     return "\n".join(lines)
 
@@ -186,6 +186,7 @@ _RUN_NAMES = {
 
 _HOTPLUG_NAMES = {
     "vcpu_plus_1_ms": "one vCPU more, ms",
+    "vcpu_2_to_3_ms": "  and one more, ms",
     "vcpu_plus_4_ms": "four vCPUs more, ms",
     "disk_ms": "disk, ms",
     "share_ms": "shared directory, ms",

@@ -8,6 +8,7 @@ carries out the same list, one request after the other. The clock runs from send
 figure                ours ends with                                     QEMU's ends with
 ====================  =================================================  =============================================
 vcpu_plus_1_ms        the answer: the guest brought it online            the guest's word: it brought it online
+vcpu_2_to_3_ms        the same of one more                               the same of one more
 vcpu_plus_4_ms        the same of four more                              the same of four more
 disk_ms               the answer: the guest's driver has it              the kernel's event: its driver has it
 share_ms              the same                                           the same, virtiofsd's start included
@@ -20,7 +21,10 @@ share_removal_ms      the same                                           the sam
 
 Before that a disk comes and goes uncounted on both sides: then both guests are certainly up. After that, what ours
 answered is looked for in the guest, through a shell: the list of processors, the disk's bytes, the shared file, and the
-memory. Memory is not the same thing on both sides: a kernel for x86-64 takes it in blocks of 128 MiB.
+memory. Two things are not alike on both sides, and ``limits`` repeats them. A kernel for x86-64 takes memory in blocks
+of 128 MiB. And it runs code for one processor until there is a second, and then patches itself (``SMP alternatives``,
+arch/x86/kernel/alternative.c), which is the larger part of QEMU's first vCPU: told ``noreplace-smp``, the kernel has it
+online in about a third of the time. The vCPU after it shows what is left without.
 """
 
 from __future__ import annotations
@@ -45,7 +49,15 @@ if TYPE_CHECKING:
     from vmm.microvm import MicroVm
 
 NAMES: Final = (
-    *("vcpu_plus_1_ms", "vcpu_plus_4_ms", "disk_ms", "share_ms", "memory_plus_64_ms", "memory_minus_64_ms"),
+    *(
+        "vcpu_plus_1_ms",
+        "vcpu_2_to_3_ms",
+        "vcpu_plus_4_ms",
+        "disk_ms",
+        "share_ms",
+        "memory_plus_64_ms",
+        "memory_minus_64_ms",
+    ),
     *("vcpu_minus_1_ms", "disk_removal_ms", "share_removal_ms"),
 )
 MAX_VCPUS: Final = 8
@@ -56,7 +68,11 @@ CONTENT: Final = b"kata-lab"
 GOAL_MS: Final = 50.0  #: of vcpu_plus_1_ms
 GOAL_RATIO: Final = 5.0  #: of the same
 _PATIENCE: Final = 120.0
-_MEMORY: Final = "QEMU's guest takes and gives memory in blocks of 128 MiB, ours a page at a time"
+_UNLIKE: Final = {
+    "vcpu_2_to_3_ms": "without what the first vCPU costs QEMU's guest besides, the switch from code for one processor",
+    "memory_plus_64_ms": "QEMU's guest takes memory in blocks of 128 MiB, ours a page at a time",
+    "memory_minus_64_ms": "QEMU's guest gives memory in blocks of 128 MiB, ours a page at a time",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +143,7 @@ def figures(
     """Put runs together; milliseconds by name, and how the time of each +1 of ours went."""
     mine, qemu = ({name: _times([run[name] for run in side]) for name in NAMES} for side in (ours, theirs))
     ratio = {name: qemu[name].median / mine[name].median for name in NAMES}
-    limits = dict.fromkeys(("memory_plus_64_ms", "memory_minus_64_ms"), _MEMORY)
+    limits = dict(_UNLIKE)
     if mine["vcpu_plus_1_ms"].median > GOAL_MS or ratio["vcpu_plus_1_ms"] < GOAL_RATIO:
         slowest = max(range(len(ours)), key=lambda run: ours[run]["vcpu_plus_1_ms"])
         limits["vcpu_plus_1_ms"] = f"the slowest went to: {lines[slowest]}"
@@ -165,10 +181,11 @@ def _ours(image: Image, place: Path) -> tuple[dict[str, float], str]:
         ask(actions.RemoveBlockDevice("first"))
         told = {"vcpu_plus_1_ms": ask(actions.ResizeVcpu(2))}
         line = _line(vm)
-        told["vcpu_plus_4_ms"] = ask(actions.ResizeVcpu(6))
+        told["vcpu_2_to_3_ms"] = ask(actions.ResizeVcpu(3))
+        told["vcpu_plus_4_ms"] = ask(actions.ResizeVcpu(7))
         told["disk_ms"] = ask(actions.InsertBlockDevice(BlockConfig(name="disk", path=place / "disk")))
         told["share_ms"] = ask(actions.InsertFsDevice(FsConfig(name="share", path=place / "share", tag="share")))
-        _check(shell, "cat /sys/devices/system/cpu/online", "0-5")
+        _check(shell, "cat /sys/devices/system/cpu/online", "0-6")
         _check(shell, f"head -c {len(CONTENT)} /dev/vda", CONTENT.decode())
         _check(shell, "mount -t virtiofs share /mnt && cat /mnt/file && umount /mnt", CONTENT.decode())
         before = _free_mib(shell)
@@ -178,8 +195,8 @@ def _ours(image: Image, place: Path) -> tuple[dict[str, float], str]:
         told["memory_minus_64_ms"] = ask(actions.ResizeMemory(MEMORY_MIB))
         told["disk_removal_ms"] = ask(actions.RemoveBlockDevice("disk"))
         told["share_removal_ms"] = ask(actions.RemoveFsDevice("share"))
-        told["vcpu_minus_1_ms"] = ask(actions.ResizeVcpu(5))
-        _check(shell, "cat /sys/devices/system/cpu/online; ls /dev/vda 2>/dev/null", "0-4\n")
+        told["vcpu_minus_1_ms"] = ask(actions.ResizeVcpu(6))
+        _check(shell, "cat /sys/devices/system/cpu/online; ls /dev/vda 2>/dev/null", "0-5\n")
     return told, line
 
 
@@ -207,6 +224,7 @@ async def _qemu(image: Image, place: Path) -> dict[str, float]:
         await guest.remove_disk()
         told = {
             "vcpu_plus_1_ms": (await guest.add_vcpus(1)).seconds,
+            "vcpu_2_to_3_ms": (await guest.add_vcpus(1)).seconds,
             "vcpu_plus_4_ms": (await guest.add_vcpus(4)).seconds,
             "disk_ms": (await guest.add_disk(place / "disk")).taken,
             "share_ms": (await guest.add_share(place / "share")).taken,

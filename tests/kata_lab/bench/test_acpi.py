@@ -98,7 +98,7 @@ def test_a_disk_is_read_by_the_guest_and_goes_again(machine: Booted, disk: Path)
     removed = machine.run(machine.guest.remove_disk(name))
 
     assert names(removed)[-1] == f"QEMU removed {name}"
-    assert machine.guest.disks == ()
+    assert not machine.guest.disks
 
 
 def test_memory_grows_and_shrinks_by_blocks(machine: Booted) -> None:
@@ -119,7 +119,7 @@ def test_a_shared_directory_is_mounted_by_the_guest_and_its_server_ends(machine:
     assert machine.guest.shares == added.devices
     machine.run(machine.guest.remove_share())
 
-    assert machine.guest.shares == ()
+    assert not machine.guest.shares
     assert servers() == []
 
 
@@ -164,6 +164,25 @@ def test_a_share_that_is_no_directory_is_refused(machine: Booted, disk: Path) ->
 def test_more_vcpus_than_there_is_room_for_are_refused(machine: Booted) -> None:
     with pytest.raises(AcpiError, match=r"8 vCPUs cannot be added: the guest has \d of 8"):
         machine.run(machine.guest.add_vcpus(8))
+
+
+def test_two_requests_at_once_are_carried_out_one_after_the_other(machine: Booted, disk: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.write_bytes(bytes(1 << 20))
+
+    async def both() -> None:
+        await asyncio.gather(machine.guest.add_disk(disk), machine.guest.add_disk(other))
+        assert len(machine.guest.disks) == 2
+        await asyncio.gather(machine.guest.remove_disk(), machine.guest.remove_disk())
+
+    machine.run(both())
+
+    assert not machine.guest.disks
+
+
+def test_a_request_outside_of_the_guests_life_is_refused() -> None:
+    with pytest.raises(AcpiError, match="the guest does not run: ask within 'async with"):
+        asyncio.run(AcpiGuest().add_vcpus(1))
 
 
 def test_a_vcpu_goes_and_nothing_is_added_after_it(doomed: Booted, disk: Path) -> None:

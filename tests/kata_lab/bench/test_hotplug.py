@@ -65,5 +65,5 @@ def test_a_table_tells_medians_worst_and_what_is_not_alike() -> None:
     told = hotplug_table(figures([run(10), run(30)], [run(100), run(300)], ["", ""], {"qemu": "7.2"}))
 
     assert re.search(r"^one vCPU more, ms +20 +30 +200 +300 +10\.0$", told, re.MULTILINE)
-    assert "memory, 64 MiB more, ms: QEMU's guest takes and gives memory in blocks of 128 MiB" in told
+    assert "memory, 64 MiB more, ms: QEMU's guest takes memory in blocks of 128 MiB" in told
     assert told.endswith("medians of 2 runs in turns; qemu 7.2")
