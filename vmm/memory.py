@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 
 from vmm.errors import ConfigError, GuestAddressError
@@ -17,6 +17,7 @@ from vmm.errors import ConfigError, GuestAddressError
 PAGE_SIZE = 4096
 
 WriteListener = Callable[[int, int], None]
+Marks = bytearray | mmap.mmap  #: one byte for each page
 
 
 class GuestMemory:
@@ -50,7 +51,7 @@ class GuestMemory:
         anchor = ctypes.c_char.from_buffer(self._map)
         self.host_address = ctypes.addressof(anchor)
         del anchor
-        self._listeners: list[WriteListener] = []
+        self._listeners: list[tuple[WriteListener, Marks | None]] = []
         self._release_listeners: list[WriteListener] = []
 
     def __contains__(self, address: int) -> bool:
@@ -79,14 +80,17 @@ class GuestMemory:
         offset = self._offset(address, length)
         return self._view[offset : offset + length]
 
-    def views(self, ranges: Iterable[tuple[int, int]]) -> list[memoryview]:
+    def views(self, ranges: Sequence[tuple[int, int]]) -> list[memoryview]:
         """As :meth:`view`, for several ranges of address and length."""
         whole, base, end = self._view, self.base, self.end
-        found = []
-        for address, length in ranges:
-            if length < 0 or not base <= address <= end - length:
-                self._offset(address, length)  # refuses it
-            found.append(whole[address - base : address - base + length])
+        found = [
+            whole[address - base : address - base + length]
+            for address, length in ranges
+            if length >= 0 and base <= address <= end - length
+        ]
+        if len(found) < len(ranges):
+            for address, length in ranges:
+                self._offset(address, length)  # refuses one of them
         return found
 
     def read_int(self, address: int, width: int) -> int:
@@ -116,15 +120,21 @@ class GuestMemory:
             listener(self.base + start, released)
         return released
 
-    def subscribe(self, listener: WriteListener, released: WriteListener | None = None) -> None:
+    def subscribe(
+        self, listener: WriteListener, released: WriteListener | None = None, marks: Marks | None = None
+    ) -> None:
         """Call ``listener(address, length)`` after every write from the host side, and ``released`` (by default
-        ``listener`` too) after pages were given back to the host."""
-        self._listeners.append(listener)
+        ``listener`` too) after pages were given back to the host.
+
+        Args:
+            marks: a byte for each page, which the listener keeps: writes to pages whose byte is 0 are not its concern.
+        """
+        self._listeners.append((listener, marks))
         self._release_listeners.append(released or listener)
 
     def unsubscribe(self, listener: WriteListener) -> None:
         """Undo :meth:`subscribe`."""
-        index = self._listeners.index(listener)
+        index = [each for each, _ in self._listeners].index(listener)
         del self._listeners[index]
         del self._release_listeners[index]
 
@@ -134,11 +144,32 @@ class GuestMemory:
         Raises:
             GuestAddressError: they are not inside memory.
         """
-        # Devices come here for every part of every buffer: no call where all is well.
-        if length < 0 or not self.base <= address <= self.end - length:
-            self._offset(address, length)
-        for listener in self._listeners:
-            listener(address, length)
+        self._offset(address, length)
+        self.notify_parts(((address, length),), length)
+
+    def notify_parts(self, parts: Sequence[tuple[int, int]], length: int) -> None:
+        """As :meth:`notify`, for the first ``length`` bytes of several parts of address and length, none of them empty.
+
+        Raises:
+            GuestAddressError: they are not inside memory.
+        """
+        # Devices come here with every buffer, which may have hundreds of parts: no call where all is well.
+        base, end = self.base, self.end
+        for listener, marks in self._listeners:
+            left = length
+            for address, size in parts:
+                if left <= 0:
+                    break
+                if size > left:
+                    size = left
+                left -= size
+                if not base <= address <= end - size:
+                    self._offset(address, size)
+                if marks is not None:
+                    first, last = address - base >> 12, address - base + size - 1 >> 12
+                    if not (marks[first] or (last > first and marks[first + 1 : last + 1].strip(b"\0"))):
+                        continue
+                listener(address, size)
 
     def close(self) -> None:
         """Give the mapping back. Views handed out must be released first."""

@@ -72,6 +72,41 @@ def test_listeners_hear_of_writes_until_they_leave(memory: GuestMemory) -> None:
     assert memory.read(BASE + 8, 2) == b"xy"
 
 
+def test_listener_with_marks_hears_of_marked_pages_alone(memory: GuestMemory) -> None:
+    heard: list[tuple[int, int]] = []
+    marks = bytearray(SIZE // 4096)
+    marks[1] = 1
+    memory.subscribe(lambda address, length: heard.append((address, length)), marks=marks)
+
+    memory.write(BASE + 0xFFE, b"ab")
+    memory.write(BASE + 0x2000, b"ab")
+    assert heard == []
+    memory.write(BASE + 0xFFF, b"ab")
+    memory.write(BASE + 0x1FFF, b"abc")
+    memory.notify(BASE, SIZE)
+
+    assert heard == [(BASE + 0xFFF, 2), (BASE + 0x1FFF, 3), (BASE, SIZE)]
+
+
+def test_listeners_hear_of_parts_as_far_as_they_were_written(memory: GuestMemory) -> None:
+    heard: list[tuple[int, int]] = []
+    memory.subscribe(lambda address, length: heard.append((address, length)))
+
+    memory.notify_parts([(BASE + 8, 4), (BASE + 0x1000, 4), (BASE + 0x2000, 4)], 6)
+
+    assert heard == [(BASE + 8, 4), (BASE + 0x1000, 2)]
+
+
+@pytest.mark.parametrize("part", [(BASE - 1, 4), (BASE + SIZE - 3, 4)])
+def test_parts_outside_memory_are_refused(memory: GuestMemory, part: tuple[int, int]) -> None:
+    memory.subscribe(lambda address, length: None, marks=bytearray(SIZE // 4096))
+
+    with pytest.raises(GuestAddressError):
+        memory.notify_parts([(BASE, 4), part], 8)
+    with pytest.raises(GuestAddressError):
+        memory.views([(BASE, 4), part])
+
+
 @pytest.mark.parametrize(("base", "size"), [(1, 4096), (-4096, 4096), (0, 0), (0, 4095), (0, -4096), (0, 1 << 70)])
 def test_impossible_memory_is_refused(base: int, size: int) -> None:
     with pytest.raises(ConfigError):

@@ -28,6 +28,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import compress
+from operator import add, ne, sub
 from typing import Any, Final
 
 from vmm.errors import VmmError
@@ -42,6 +44,11 @@ MAX_QUEUE_SIZE: Final = 1024
 MAX_CHAIN: Final = 1024  #: descriptors in one chain; Linux makes indirect ones longer than the queue
 MAX_CHAIN_BYTES: Final = 0xFFFF_FFFF  #: bytes in one chain, whose number is 32 bits wide in the used ring
 RECENT_REQUESTS: Final = 64
+
+_MANY: Final = 16  # descriptors from which on columns are quicker than rows
+# The second half of descriptors 0, 1, 2 … that follow each other: flags, and next above them.
+_READ_ON: Final = [NEXT | index + 1 << 16 for index in range(MAX_CHAIN)]
+_WRITE_ON: Final = [NEXT | WRITE | index + 1 << 16 for index in range(MAX_CHAIN)]
 
 _NO_INTERRUPT: Final = 1  # available ring, flags
 _NO_NOTIFY: Final = 1  # used ring, flags
@@ -148,22 +155,25 @@ class Chain:
 
     def _views(self, segments: list[Segment], offset: int, length: int) -> list[memoryview]:
         memory = self._queue.memory
-        if offset == 0 and segments and length >= segments[0][1]:
-            if len(segments) == 1:
-                return [memory.view(*segments[0])]
-            if length >= (self.readable_bytes if segments is self.readable else self.writable_bytes):
-                return memory.views(segments)
-        taken = []
-        for address, size in segments:
-            if offset >= size:
-                offset -= size
-                continue
-            if length <= 0:
-                break
-            part = min(size - offset, length)
-            taken.append((address + offset, part))
-            length -= part
-            offset = 0
+        if len(segments) == 1 and offset == 0 and length >= segments[0][1]:
+            return [memory.view(*segments[0])]
+        if length <= 0:
+            return []
+        behind = (self.readable_bytes if segments is self.readable else self.writable_bytes) - offset - length
+        first, last = 0, len(segments)
+        while first < last and offset >= segments[first][1]:
+            offset -= segments[first][1]
+            first += 1
+        while first < last and behind >= segments[last - 1][1]:
+            last -= 1
+            behind -= segments[last][1]
+        taken = segments[first:last]
+        if taken and offset > 0:
+            address, size = taken[0]
+            taken[0] = address + offset, size - offset
+        if taken and behind > 0:
+            address, size = taken[-1]
+            taken[-1] = address, size - behind
         return memory.views(taken)
 
 
@@ -260,7 +270,7 @@ class Queue:
                 raise QueueError(f"the {name} at {address:#x} must be aligned to {alignment} bytes")
             if not base <= address <= end - length:
                 raise QueueError(f"the {name} at {address:#x}+{length:#x} is outside memory {base:#x}..{end:#x}")
-        self._table, available, used = self.memory.views((address, length) for _, address, length, _ in areas)
+        self._table, available, used = self.memory.views([area[1:3] for area in areas])
         self._available_words = available.cast("H")
         self._used_words = used[: 4 + 8 * size].cast("I")
         self._used_halves = used.cast("H")
@@ -376,12 +386,7 @@ class Queue:
                 f" {chain.writable_bytes}"
             )
         del self.held[head]
-        left = written
-        for address, length in chain.writable:
-            if left <= 0:
-                break
-            self.memory.notify(address, length if length < left else left)
-            left -= length
+        self.memory.notify_parts(chain.writable, written)
         next_used = self._next_used
         element = 1 + 2 * (next_used & self._mask)
         words = self._used_words
@@ -506,6 +511,8 @@ class Queue:
                         f" or its table of {length} bytes is not made of 16-byte descriptors"
                     )
                 copied = self.memory.read(address, min(length, 16 * MAX_CHAIN))
+                if edge < 0 and length >= 16 * _MANY and (chain := self._in_order(head, copied)):
+                    return chain
                 entries = list(DESCRIPTOR.iter_unpack(copied))
                 index, count = 0, len(entries)
                 left = count
@@ -539,3 +546,31 @@ class Queue:
         if total > self._limit:
             raise QueueError(f"the chain at descriptor {head} has {total} bytes, more than {self._limit}")
         return Chain(self, head, readable, readable_bytes, writable, total)
+
+    def _in_order(self, head: int, table: bytes) -> Chain | None:
+        """The chain of a long indirect table whose descriptors follow each other, as Linux writes them: taken column by
+        column, in a third of the time. None if they do not, or break a rule; :meth:`_chain` says which."""
+        cells = memoryview(table).cast("I")
+        addresses = memoryview(table).cast("Q")[::2].tolist()
+        lengths, links = cells[2::4].tolist(), cells[3::4].tolist()
+        count = len(links)
+        # How many are to be read: those whose flags are NEXT alone.
+        first = count - len(table[12::16].lstrip(bytes([NEXT])))
+        if links[:-1] != _READ_ON[:first] + _WRITE_ON[first : count - 1] or links[-1] & 0xFFFF != WRITE:
+            return None
+        ends = list(map(add, addresses, lengths))
+        total = sum(lengths)
+        if min(addresses) < self._base or max(ends) > self._end or not all(lengths) or total > self._limit:
+            return None
+        readable = _joined(addresses[:first], ends[:first])
+        writable = _joined(addresses[first:], ends[first:])
+        return Chain(self, head, readable, sum(lengths[:first]), writable, total)
+
+
+def _joined(starts: list[int], ends: list[int]) -> list[Segment]:
+    """Parts of a chain, from start to end, as segments; neighbours that touch are one."""
+    apart = list(map(ne, ends, starts[1:]))
+    if not all(apart):
+        starts = [starts[0], *compress(starts[1:], apart)]
+        ends = [*compress(ends, apart), ends[-1]]
+    return list(zip(starts, map(sub, ends, starts), strict=True))

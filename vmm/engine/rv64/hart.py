@@ -59,33 +59,38 @@ _MAP_NORESERVE = 0x4000
 
 
 class Zeroed:
-    """Host memory that is all zeros until it is written, given back by ``close``."""
+    """Host memory that is all zeros until it is written, given back by ``close``.
+
+    Attributes:
+        map: the mapping itself.
+        address: where it is.
+    """
 
     def __init__(self, size: int) -> None:
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
-        self._map = mmap.mmap(-1, (size + PAGE_SIZE - 1) // PAGE_SIZE * PAGE_SIZE, flags=flags)
-        anchor = ctypes.c_char.from_buffer(self._map)
+        self.map = mmap.mmap(-1, (size + PAGE_SIZE - 1) // PAGE_SIZE * PAGE_SIZE, flags=flags)
+        anchor = ctypes.c_char.from_buffer(self.map)
         self.address = ctypes.addressof(anchor)
         del anchor
 
     def __getitem__(self, part: slice) -> bytes:
-        return self._map[part]
+        return self.map[part]
 
     def __setitem__(self, part: slice, data: bytes) -> None:
-        self._map[part] = data
+        self.map[part] = data
 
     def clear(self, start: int, end: int, written: bool) -> None:
         """Make bytes ``start`` to ``end`` zeros again, which hold at least one whole page of the host: those take no
         memory any more. What is at the edges is left alone if it is known to be zeros, not ``written``."""
         first, last = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
-        self._map.madvise(mmap.MADV_DONTNEED, first, last - first)
+        self.map.madvise(mmap.MADV_DONTNEED, first, last - first)
         if written:
-            self._map[start:first] = bytes(first - start)
-            self._map[last:end] = bytes(end - last)
+            self.map[start:first] = bytes(first - start)
+            self.map[last:end] = bytes(end - last)
 
     def close(self) -> None:
         """Unmap; nothing may use the address any more."""
-        self._map.close()
+        self.map.close()
 
 
 def _raw_words(address: int, count: int) -> memoryview:
@@ -463,7 +468,7 @@ class Rv64Engine:
             self.close()
             raise EngineError(f"the host cannot map what {harts} harts need: {error}") from error
         self.harts = tuple(Hart(self, number, self._states + number * At.SIZE) for number in range(harts))
-        memory.subscribe(self._memory_written, self._memory_released)
+        memory.subscribe(self._memory_written, self._memory_released, self._code.map)
 
     @staticmethod
     def prepare(progress: library.ProgressCallback | None = None) -> None:
@@ -523,11 +528,8 @@ class Rv64Engine:
             self._machine[offset // 8] = value
 
     def _memory_written(self, address: int, length: int) -> None:
-        # Devices come here for all that they write; only a page whose byte in the map is not 0 may have records.
-        first = (address - self.memory.base) // PAGE_SIZE
-        last = (address - self.memory.base + length - 1) // PAGE_SIZE
-        if self._code[first : last + 1].strip(b"\0"):
-            self.call_overwrite_range(self.machine_address, address, length)
+        """A device or a loader wrote to pages of which one is marked: it may have records."""
+        self.call_overwrite_range(self.machine_address, address, length)
 
     def _memory_released(self, address: int, length: int) -> None:
         """Whole pages went back to the host: so does their shadow, which takes four times as much.
