@@ -112,6 +112,7 @@ class DeviceConfig:
     """
 
     KIND: ClassVar[str] = ""
+    SHARES_MEMORY: ClassVar[bool] = False  #: another process works on the VM's memory
 
     name: str = ""
 
@@ -348,9 +349,40 @@ class PortsConfig(DeviceConfig):
         _require_int("console rows", self.rows, 1, 0xFFFF)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VhostFsConfig(DeviceConfig):
+    """Shared directories (virtio-fs) that another process serves over vhost-user, as ``python -m vmm.vhost.fs`` does.
+
+    A VM that has one when it starts keeps its memory where other processes can be given it; to any other VM none can
+    be added.
+
+    Attributes:
+        tag: what the guest calls it, 1 to 36 bytes of UTF-8.
+        socket: path of the unix socket at which that process listens.
+        queues: request queues, 1 to 8.
+    """
+
+    KIND: ClassVar[str] = "vhost-fs"
+    SHARES_MEMORY: ClassVar[bool] = True
+
+    tag: str = ""
+    socket: Path | None = None
+    queues: int = 1
+
+    def __post_init__(self) -> None:
+        DeviceConfig.__post_init__(self)
+        if not isinstance(self.tag, str) or not 1 <= len(self.tag.encode()) <= 36 or "\0" in self.tag:
+            raise ConfigError(f"vhost-fs tag is {self.tag!r}, it must have 1 to 36 bytes")
+        self._path("socket")
+        _require_int("vhost-fs queues", self.queues, 1, 8)
+
+
 DEVICE_CONFIGS: Mapping[str, type[DeviceConfig]] = {
     each.KIND: each
-    for each in (BlockConfig, VsockConfig, FsConfig, NetworkConfig, BalloonConfig, EntropyConfig, PortsConfig)
+    for each in (
+        *(BlockConfig, VsockConfig, FsConfig, NetworkConfig, BalloonConfig, EntropyConfig, PortsConfig),
+        VhostFsConfig,
+    )
 }
 
 

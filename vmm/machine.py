@@ -116,7 +116,8 @@ class Machine:
         self._stopping = self._still = self._held = False
         self._held_at = 0
         with contextlib.ExitStack() as built:
-            self.memory = built.enter_context(GuestMemory(RAM_BASE, config.memory_bytes))
+            shared = any(each.SHARES_MEMORY for each in config.devices)
+            self.memory = built.enter_context(GuestMemory(RAM_BASE, config.memory_bytes, shared))
             self.engine = built.enter_context(Rv64Engine(self.memory, config.harts, config.clock))
             outputs = [partial(hart.set_interrupt, SUPERVISOR_EXTERNAL) for hart in self.engine.harts]
             slots = max(MIN_SLOTS, len(config.devices) + len(custom) + config.hotplug_slots)

@@ -1,14 +1,16 @@
 """Guest memory: RAM in anonymous mappings, reached through bounds-checked access.
 
 The host gives a page to the guest only when the guest (or a device) first touches it: the mapping is private, anonymous
-and reserves no swap; :meth:`GuestMemory.release` takes pages back. Writers on the host side tell listeners what they
-wrote, since an engine that keeps decoded instructions must drop those of an overwritten page.
+and reserves no swap; :meth:`GuestMemory.release` takes pages back. Memory that other processes shall work on
+(vhost-user) is a file without a name instead (memfd_create(2)), which they map too. Writers on the host side tell
+listeners what they wrote, since an engine that keeps decoded instructions must drop those of an overwritten page.
 """
 
 from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 from collections.abc import Callable, Sequence
 from types import TracebackType
 
@@ -26,12 +28,13 @@ class GuestMemory:
     Args:
         base: guest-physical address of the first byte, a multiple of 4096.
         size: bytes, a multiple of 4096.
+        shared: other processes can map it, through :attr:`descriptor`.
 
     Raises:
         ConfigError: a size or base that is not a positive multiple of the page size, or that the host cannot map.
     """
 
-    def __init__(self, base: int, size: int) -> None:
+    def __init__(self, base: int, size: int, shared: bool = False) -> None:
         if base < 0 or base % PAGE_SIZE:
             raise ConfigError(f"guest memory base {base:#x} must be a multiple of {PAGE_SIZE}")
         if size <= 0 or size % PAGE_SIZE:
@@ -40,10 +43,18 @@ class GuestMemory:
         self.size = size
         #: Guest-physical address of the byte after the last.
         self.end = base + size
+        #: The file that memory is in, None unless it is shared.
+        self.descriptor: int | None = None
         try:
-            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
-            self._map = mmap.mmap(-1, size, flags=flags)
+            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+            if shared:
+                self.descriptor = os.memfd_create("guest-memory", os.MFD_CLOEXEC)
+                os.ftruncate(self.descriptor, size)
+                flags = mmap.MAP_SHARED
+            flags |= getattr(mmap, "MAP_NORESERVE", 0)
+            self._map = mmap.mmap(-1 if self.descriptor is None else self.descriptor, size, flags=flags)
         except (OSError, OverflowError, ValueError) as error:
+            self._close_descriptor()
             raise ConfigError(
                 f"the host cannot map {size >> 20} MiB of guest memory: {error}; give the machine less"
             ) from error
@@ -115,7 +126,8 @@ class GuestMemory:
         released = (offset + length) // mmap.PAGESIZE * mmap.PAGESIZE - start
         if released <= 0:
             return 0
-        self._map.madvise(mmap.MADV_DONTNEED, start, released)
+        # What is in a file goes only with a hole in the file.
+        self._map.madvise(mmap.MADV_DONTNEED if self.descriptor is None else mmap.MADV_REMOVE, start, released)
         for listener in self._release_listeners:
             listener(self.base + start, released)
         return released
@@ -176,6 +188,12 @@ class GuestMemory:
         if not self._map.closed:
             self._view.release()
             self._map.close()
+            self._close_descriptor()
+
+    def _close_descriptor(self) -> None:
+        descriptor, self.descriptor = self.descriptor, None
+        if descriptor is not None:
+            os.close(descriptor)
 
     def __enter__(self) -> GuestMemory:
         return self

@@ -31,6 +31,7 @@ LEAST: dict[str, dict[str, Any]] = {
     "balloon": {},
     "rng": {},
     "console": {"ports": {"agent": None}},
+    "vhost-fs": {"tag": "home", "socket": "fs.sock"},
 }
 
 
@@ -72,7 +73,8 @@ def test_unknown_kind_is_refused_with_all_that_are_known(kind: object) -> None:
         device_from_dict({"kind": kind})
 
     assert str(refused.value) == (
-        f"a device's kind is {kind!r}, it must be one of 'blk', 'vsock', 'fs', 'net', 'balloon', 'rng', 'console'"
+        f"a device's kind is {kind!r}, it must be one of 'blk', 'vsock', 'fs', 'net', 'balloon', 'rng', 'console',"
+        " 'vhost-fs'"
     )
 
 

@@ -21,7 +21,6 @@ import contextlib
 import itertools
 import shutil
 import socket
-import struct
 import tempfile
 import threading
 from collections.abc import Callable
@@ -38,7 +37,7 @@ from vmm.metrics import ProcessMemory, VmMetrics
 from vmm.microvm import VmTimeout
 from vmm.report import CrashReport
 from vmm.rpc import wire
-from vmm.rpc.endpoint import connect, peer_of
+from vmm.rpc.connection import Connection
 from vmm.rpc.process import ServerProcess
 from vmm.rpc.vsock import VsockPorts
 from vmm.trace import Milestone
@@ -47,10 +46,9 @@ AnswerT = TypeVar("AnswerT")
 
 QUERY_SECONDS: Final = 10.0  #: for what the VMM process answers without the VM
 CLOSE_SECONDS: Final = 30.0  #: for an orderly end of the VMM process, before it is killed
-_SEND_SECONDS = 10  # for the VMM process to read what it is sent
 _REAP_SECONDS = 0.05  # from the end of the connection until the process has ended too
 _TYPED_AT_ONCE = 4096
-_BUFFER = 64 << 10
+_WHAT = "the VMM process"
 
 
 class RemoteTrace:
@@ -121,11 +119,9 @@ class RemoteVm:
                 made.callback(shutil.rmtree, directory, ignore_errors=True)
                 socket_path = Path(directory) / "vmm.sock"
             made.callback(lambda: socket_path.unlink(missing_ok=True))  # of a process that was killed
-            self._process = ServerProcess("vmm.rpc", [str(socket_path)], "the VMM process")
+            self._process = ServerProcess("vmm.rpc", [str(socket_path)], _WHAT)
             made.callback(self._process.close, CLOSE_SECONDS)
-            self._socket = made.enter_context(connect(socket_path, QUERY_SECONDS))
-            self._reader = made.enter_context(self._socket.makefile("rb", _BUFFER))
-            self._greet()
+            self._connection = made.enter_context(Connection(socket_path, _WHAT, QUERY_SECONDS, self._process.pid))
             self._thread = threading.Thread(target=self._live, name=f"vmm-rpc-{self.pid}", daemon=True)
             self._thread.start()
             made.callback(self._hang_up)
@@ -207,11 +203,10 @@ class RemoteVm:
         future.add_done_callback(lambda _: self._waiting.pop(number, None))
         try:
             with self._sending:
-                self._socket.sendall(frame)
+                self._connection.send(frame)
         except OSError:
             # Half a message may have gone out. The reading thread finds the end of the connection, and fails the rest.
-            with contextlib.suppress(OSError):
-                self._socket.shutdown(socket.SHUT_RDWR)
+            self._connection.hang_up()
         return future
 
     def query(self, action: VmmAction[AnswerT], timeout: float = QUERY_SECONDS) -> AnswerT:
@@ -347,46 +342,12 @@ class RemoteVm:
 
     # The connection.
 
-    def _greet(self) -> None:
-        if (peer := peer_of(self._socket)).pid != self.pid:
-            raise wire.RpcError(f"process {peer.pid} answers at the socket of the VMM process {self.pid}")
-        self._socket.settimeout(QUERY_SECONDS)
-        try:
-            self._socket.sendall(wire.pack(wire.Hello(wire.PROTOCOL, wire.version())))
-            data = self._receive()
-        except OSError as error:
-            raise wire.RpcError(f"the VMM process {self.pid} does not answer: {error}") from error
-        self._socket.settimeout(None)
-        # A VMM process that does not read, as one that is stopped, must not stop its user.
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", _SEND_SECONDS, 0))
-        if data is None:
-            raise wire.RpcError(f"the VMM process {self.pid} hung up without a word")
-        message = wire.unpack(data)
-        if isinstance(message, wire.Refused):
-            raise wire.RpcError(message.sentence)
-        if not isinstance(message, wire.Welcome) or (message.protocol, message.version) != (
-            wire.PROTOCOL,
-            wire.version(),
-        ):
-            raise wire.RpcError(f"the VMM process {self.pid} answers {message}, which no client of this version knows")
-
-    def _receive(self) -> bytes | None:
-        """The next message; None at the end of the connection."""
-        head: bytes = self._reader.read(wire.LENGTH.size)
-        if len(head) < wire.LENGTH.size:
-            return None
-        (length,) = wire.LENGTH.unpack(head)
-        if length > wire.MAX_FRAME:
-            raise wire.RpcError(f"the VMM process sends a message of {length} bytes, it may have {wire.MAX_FRAME}")
-        data: bytes = self._reader.read(length)
-        return data if len(data) == length else None
-
     def _live(self) -> None:
         """On the reading thread, until the connection ends."""
         reason = ""
         try:
-            while (data := self._receive()) is not None:
-                self._take(wire.unpack(data))
+            while (message := self._connection.receive()) is not None:
+                self._take(message)
         except OSError:
             pass  # as good as its end
         except VmmError as error:
@@ -430,8 +391,7 @@ class RemoteVm:
 
     def _lose(self, reason: str) -> None:
         """The connection has ended, and with it the VM."""
-        with contextlib.suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)
+        self._connection.hang_up()
         if not reason:
             done, _ = concurrent.futures.wait([ended := self._process.ended], _REAP_SECONDS)
             reason = ended.result() if done else f"the VMM process {self.pid} hung up"
@@ -451,8 +411,7 @@ class RemoteVm:
         return wire.RpcError(f"{name} has no answer, since {reason}")
 
     def _hang_up(self) -> None:
-        with contextlib.suppress(OSError):
-            self._socket.shutdown(socket.SHUT_RDWR)
+        self._connection.hang_up()
         self._thread.join()
 
     def _ask(self, action: VmmAction[AnswerT], timeout: float | None = None) -> AnswerT:

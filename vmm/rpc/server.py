@@ -389,7 +389,9 @@ class VmServer:
         try:
             require_owner(connection)
             async with asyncio.timeout(HELLO_SECONDS):
-                self._judge(*wire.greeting(await read_frame(reader)))
+                wire.require_same_version(await read_frame(reader), "the VMM process")
+            if self._session is not None:
+                raise wire.RpcError("the VM has an owner already; start a VMM process of your own")
             # Nothing is awaited in between: of two clients at once one becomes the owner.
             self._session = session = Session(reader, writer)
         except VmmError as error:
@@ -403,15 +405,6 @@ class VmServer:
             await session.run()
         finally:
             self.end()
-
-    def _judge(self, protocol: object, version: object) -> None:
-        if protocol != wire.PROTOCOL or version != wire.version():
-            raise wire.RpcError(
-                f"the VMM process is kata-lab {wire.version()} with protocol {wire.PROTOCOL}, the client is"
-                f" kata-lab {version} with protocol {protocol}; both must come from one installation"
-            )
-        if self._session is not None:
-            raise wire.RpcError("the VM has an owner already; start a VMM process of your own")
 
 
 async def serve(path: Path) -> None:

@@ -241,6 +241,21 @@ def greeting(data: bytes) -> tuple[object, object]:
     return hello.get("protocol"), hello.get("version")
 
 
+def require_same_version(hello: bytes, what: str) -> None:
+    """Refuse a client that ``what``, the process here, may not understand.
+
+    Raises:
+        CodecError: it did not say Hello.
+        RpcError: it is of another version.
+    """
+    protocol, other = greeting(hello)
+    if protocol != PROTOCOL or other != version():
+        raise RpcError(
+            f"{what} is kata-lab {version()} with protocol {PROTOCOL}, the client is kata-lab {other} with protocol"
+            f" {protocol}; both must come from one installation"
+        )
+
+
 def request_number(data: bytes) -> int | None:
     """The number of a request whose action cannot be read; None if it has none."""
     try:

@@ -15,6 +15,7 @@ _BUILDERS: Final = {
     "blk": ("vmm.devices.virtio.blk", "BlockDevice"),
     "vsock": ("vmm.devices.virtio.vsock.device", "VsockDevice"),
     "fs": ("vmm.devices.virtio.fs.device", "FsDevice"),
+    "vhost-fs": ("vmm.vhost.frontend", "VhostFsDevice"),
     "net": ("vmm.devices.virtio.net", "NetworkDevice"),
     "balloon": ("vmm.devices.virtio.balloon", "BalloonDevice"),
     "rng": ("vmm.devices.virtio.rng", "EntropyDevice"),

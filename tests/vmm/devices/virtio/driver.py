@@ -71,9 +71,9 @@ class Driver:
     Memory is handed out from the bottom and never taken back.
     """
 
-    def __init__(self, device: VirtioDevice, memory_size: int = 16 << 20) -> None:
+    def __init__(self, device: VirtioDevice, memory_size: int = 16 << 20, shared: bool = False) -> None:
         self.device = device
-        self.memory = GuestMemory(BASE, memory_size)
+        self.memory = GuestMemory(BASE, memory_size, shared)
         self._next = BASE
         self.interrupted = threading.Event()
         self.interrupts = 0

@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Final
 
 from vmm.config import FsConfig
-from vmm.devices.virtio.device import VirtioDevice
+from vmm.devices.virtio.fs.directory import SharedDirectory
 from vmm.devices.virtio.fs.protocol import ARGUMENTS, IN_HEADER, INTERRUPT_IN, OUT_HEADER, RESULTS, UNANSWERED, Opcode
 from vmm.devices.virtio.fs.server import FileServer
 from vmm.devices.virtio.fs.share import Answer, Filled, Request, Share, Slow, Waiting, checked
@@ -59,7 +59,7 @@ class _Waiter:
     attempt: Callable[[], bool]
 
 
-class FsDevice(VirtioDevice):
+class FsDevice(SharedDirectory):
     """A host directory for the guest.
 
     Args:

@@ -17,6 +17,7 @@ from tests.vmm.devices.virtio.driver import Buffer, Driver, driven
 from vmm.config import FsConfig
 from vmm.devices.virtio.fs import protocol as fuse
 from vmm.devices.virtio.fs.device import FsDevice
+from vmm.devices.virtio.fs.directory import SharedDirectory
 from vmm.devices.virtio.fs.protocol import Feature, Opcode
 
 PRIORITY, REQUESTS = 0, 1
@@ -39,7 +40,7 @@ class Client:
 
     def __init__(self, driver: Driver, init: bool = True) -> None:
         self.driver = driver
-        assert isinstance(driver.device, FsDevice)
+        assert isinstance(driver.device, SharedDirectory)
         self.device = driver.device
         self._unique = itertools.count(2, 2)
         self._mark = driver._next
