@@ -32,7 +32,6 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final, TypeVar, cast
 
 from vmm import actions
@@ -625,20 +624,9 @@ class Hotplug:
         return actions.Empty()
 
     async def _manipulate_fs(self, action: actions.ManipulateFsBackend) -> actions.Empty:
-        from vmm.devices.virtio.fs.device import FsDevice
+        from vmm.devices.virtio.fs.directory import SharedDirectory, manipulate
 
-        share = self._find(action, action.device, FsDevice)
-        match action.operation:
-            case "add" if action.path is not None:
-                share.add(
-                    action.entry, Path(action.path), read_only=action.read_only, override_stat=action.override_stat
-                )
-            case "add":
-                raise ConfigError(f"{action.entry!r} cannot be added to {action.device}: give the path of what it is")
-            case "remove":
-                share.remove(action.entry)
-            case _:
-                raise ConfigError(f"the operation is {action.operation!r}, it must be 'add' or 'remove'")
+        manipulate(self._find(action, action.device, SharedDirectory), action)
         return actions.Empty()
 
 
