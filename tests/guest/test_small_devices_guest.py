@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import ctypes
 import hashlib
+import mmap
 import random
 import re
 import socket
@@ -18,6 +20,7 @@ from tests.guest.conftest import Boot
 from vmm.config import MIB, BalloonConfig, EntropyConfig, PortsConfig
 from vmm.devices.virtio.balloon import BalloonDevice
 from vmm.devices.virtio.console import PortsDevice
+from vmm.memory import GuestMemory
 from vmm.metrics import ProcessMemory
 from vmm.microvm import MicroVm
 
@@ -38,6 +41,14 @@ def eventually(condition: Callable[[], object], seconds: float = 60) -> None:
 def pss() -> float:
     """MiB of the process that holds the VM."""
     return ProcessMemory.now().pss / MIB
+
+
+def resident(memory: GuestMemory) -> bytes:
+    """For each page of the guest's memory, lowest bit: whether the host has given it (mincore(2))."""
+    found = ctypes.create_string_buffer(memory.size // mmap.PAGESIZE)
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.mincore(ctypes.c_void_p(memory.host_address), ctypes.c_size_t(memory.size), found) == 0
+    return found.raw
 
 
 def free(shell: GuestShell) -> float:
@@ -184,11 +195,17 @@ def test_an_inflated_balloon_lowers_memory_of_host_and_guest(toolbox: Boot) -> N
         assert isinstance(device, BalloonDevice)
         fill(shell)
         let_go(shell)
-        pss_before, free_before = pss(), free(shell)
+        memory, held = vm.machine.memory, set[int]()
+        memory.subscribe(
+            ignored := lambda address, length: None,
+            lambda address, length: held.update(range(address - memory.base, address - memory.base + length, 4096)),
+        )
+        pss_before, free_before, resident_before = pss(), free(shell), resident(memory)
 
         device.set_target(160)
         eventually(lambda: device.actual_mib == 160)
-        pss_inflated, free_inflated = pss(), free(shell)
+        pss_inflated, free_inflated, resident_inflated = pss(), free(shell), resident(memory)
+        memory.unsubscribe(ignored)
         statistics = device.request_statistics().result(30).values
 
         device.set_target(0)
@@ -197,8 +214,11 @@ def test_an_inflated_balloon_lowers_memory_of_host_and_guest(toolbox: Boot) -> N
         fill(shell)
         total = int(shell.run("grep MemTotal: /proc/meminfo").output.split()[1]) * 1024
 
-        # The balloon takes pages as well that the guest never touched, so that the host never gave them.
-        assert 160 - 2 * SLACK < pss_before - pss_inflated < 160 + SLACK
+        assert len(held) * 4096 == 160 * MIB
+        assert not any(resident_inflated[page // mmap.PAGESIZE] & 1 for page in held)
+        # Pages that the guest never touched may be among them: those the host never gave, and does not get back.
+        given = sum(resident_before[page // mmap.PAGESIZE] & 1 for page in held) * 4096 / MIB
+        assert given - SLACK < pss_before - pss_inflated < given + SLACK
         assert 160 - SLACK < free_before - free_inflated < 160 + SLACK
         assert abs(free_after - free_before) < SLACK
         assert device.inflated_bytes == 160 * MIB

@@ -18,7 +18,7 @@ Left out: SIZE_MAX and GEOMETRY (they would say nothing), LIFETIME, SECURE_ERASE
 
 from __future__ import annotations
 
-import contextlib
+import logging
 import struct
 import threading
 from collections import deque
@@ -30,6 +30,8 @@ from vmm.config import BlockConfig
 from vmm.devices.virtio.device import Host, VirtioDevice
 from vmm.devices.virtio.queue import Chain, Queue, QueueError
 from vmm.storage import Disk, DiskError, open_disk
+
+_log = logging.getLogger(__name__)
 
 # Features (5.2.3).
 SEG_MAX: Final = 1 << 2
@@ -214,9 +216,15 @@ class BlockDevice(VirtioDevice):
 
     def close(self) -> None:
         self._worker.close()
-        # What is lost with the last bits of an overlay is what the guest did not flush.
-        with contextlib.suppress(OSError):
+        try:
             self.disk.close()
+        except OSError as error:
+            # Closing goes on with what else the VM has, so that nobody is there to be raised to.
+            _log.error(
+                "the disk %s could not be closed whole: %s; what the guest wrote since it last flushed may be lost, as"
+                " with a loss of power, and its directory must have room and be writable",
+                *(self.disk.path, error.strerror),
+            )
 
     # Requests.
 

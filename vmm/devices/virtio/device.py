@@ -97,19 +97,35 @@ class DeviceState:
     config_generation: int = 0
 
 
+REQUIRED: Final = ("DEVICE_ID", "KIND", "queue_sizes", "notify")  #: what the class of every device must have
+
+
+def _lacking(device: VirtioDevice, name: str) -> DeviceError:
+    return DeviceError(
+        f"the class {type(device).__name__} has no {name}; a virtio device must have {', '.join(REQUIRED)}, as the"
+        f" example in {__name__} has"
+    )
+
+
 class VirtioDevice:
     """Base of all virtio devices.
 
-    A device overrides what it needs: :meth:`notify` at least.
+    A device overrides what it needs; :data:`REQUIRED` tells what every one must have.
 
     Args:
         name: what traces and errors call it.
+
+    Raises:
+        DeviceError: the class lacks something that every device must have.
     """
 
     DEVICE_ID: ClassVar[int]  #: virtio 1.2, section 5
     KIND: ClassVar[str]  #: such as ``blk``
 
     def __init__(self, name: str = "") -> None:
+        for required in REQUIRED:
+            if getattr(type(self), required, None) is getattr(VirtioDevice, required, None):
+                raise _lacking(self, required)
         self.name = name or self.KIND
         self.lock = threading.RLock()
         self.queues: tuple[Queue, ...] = ()
@@ -131,7 +147,7 @@ class VirtioDevice:
     @property
     def queue_sizes(self) -> tuple[int, ...]:
         """The largest size of each queue."""
-        raise NotImplementedError
+        raise _lacking(self, "queue_sizes")
 
     @property
     def config_space(self) -> bytes:
@@ -152,7 +168,7 @@ class VirtioDevice:
         Raises:
             QueueError: the driver broke a rule.
         """
-        raise NotImplementedError
+        raise _lacking(self, "notify")
 
     def deactivate(self) -> None:
         """The driver resets the device: forget everything about its requests. When this returns, nothing of the device

@@ -527,6 +527,22 @@ def test_an_unexpected_exception_of_the_worker_is_reported_to_the_machine(image:
 # Locks, growth and snapshots.
 
 
+def test_what_an_overlay_loses_when_it_is_closed_is_told(
+    image: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "overlay"
+    create_overlay(path, image)
+    with disk(path, format="overlay") as driver:
+        assert write(driver, 0, bytes(512)) == OK
+        assert isinstance(driver.device, BlockDevice)
+        Broken(driver.device, "flush")
+
+    (told,) = caplog.messages
+    assert told.startswith(f"the disk {path} could not be closed whole: broken; what the guest wrote since it last")
+    with disk(path, format="overlay") as driver:
+        assert read(driver, 0, 512) == (OK, CONTENTS[:512])
+
+
 def test_a_disk_has_one_writer(image: Path) -> None:
     with disk(image), pytest.raises(DiskError, match=r"in use by somebody else; a disk has one writer"):
         BlockDevice(BlockConfig(path=image))

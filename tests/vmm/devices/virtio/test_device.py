@@ -37,6 +37,15 @@ def serve(driver: Driver, notify: Any) -> None:
     driver.notify(0)
 
 
+@pytest.mark.parametrize("missing", device_module.REQUIRED)
+def test_device_without_what_every_one_must_have_cannot_be_made(missing: str) -> None:
+    parts = {name: vars(RecordingDevice)[name] for name in device_module.REQUIRED if name != missing}
+    incomplete = type("Incomplete", (VirtioDevice,), parts)
+
+    with pytest.raises(DeviceError, match=f"the class Incomplete has no {missing}; a virtio device must have"):
+        incomplete()
+
+
 def test_device_of_the_docstring_tells_the_time() -> None:
     text = device_module.__doc__ or ""
     source = textwrap.dedent(
