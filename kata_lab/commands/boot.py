@@ -159,7 +159,7 @@ def _command_line(options: BootOptions, append: str) -> str:
 def run(options: BootOptions) -> int:
     """Boot, stay connected until the guest ends, and return the exit status."""
     config, image = configure(options)
-    from kata_lab.hypervisor.fused import compile_hart
+    from kata_lab.hypervisor.acting import compile_hart
 
     compile_hart()
     from kata_lab.commands.console import ConsoleLoop, Streams, standard_input, standard_output

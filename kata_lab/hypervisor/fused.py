@@ -3,145 +3,63 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import socket
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, cast
 
-from kata_lab.hypervisor.base import Hypervisor, HypervisorConfig, HypervisorError
-from kata_lab.progress import Progress
-from vmm import actions
-from vmm.config import ConsoleConfig, DeviceConfig, VmConfig
-from vmm.errors import VmmError
+from kata_lab.hypervisor.acting import SHARE, VSOCK, ActingHypervisor, told, vm_config
+from kata_lab.hypervisor.base import HypervisorConfig, HypervisorError
 
 if TYPE_CHECKING:
     from vmm.devices.virtio.fs.device import FsDevice
     from vmm.devices.virtio.vsock.device import VsockDevice
     from vmm.microvm import MicroVm
 
-AnswerT = TypeVar("AnswerT")
 
-VSOCK = "agent"  #: the name of the vsock device
-SHARE = "shared"  #: the name of the virtio-fs device
-
-
-class FusedHypervisor(Hypervisor):
+class FusedHypervisor(ActingHypervisor):
     """A :class:`~vmm.microvm.MicroVm` in this process."""
 
     name = "fused"
 
     def __init__(self) -> None:
+        super().__init__()
         self._vm: MicroVm | None = None
-        self._started_at = 0.0
 
     @property
     def vm(self) -> MicroVm:
-        """The VM.
-
-        Raises:
-            HypervisorError: it is not made yet, or gone.
-        """
         if self._vm is None:
             raise HypervisorError("the sandbox has no VM: it is not prepared, or cleaned up already")
         return self._vm
 
-    async def load(self) -> None:
-        await asyncio.to_thread(compile_hart)
+    def has_vm(self) -> bool:
+        return self._vm is not None
 
     async def prepare_vm(self, config: HypervisorConfig) -> None:
         from vmm.microvm import MicroVm
 
-        with _told():
-            self._vm = MicroVm(
-                VmConfig(
-                    kernel=config.kernel,
-                    initrd=config.initrd,
-                    cmdline=config.cmdline,
-                    vcpus=config.vcpus,
-                    memory_mib=config.memory_mib,
-                    max_vcpus=config.max_vcpus,
-                    max_memory_mib=config.max_memory_mib,
-                    devices=tuple(config.devices),
-                    console=ConsoleConfig(milestones=config.milestones),
-                    trace=config.trace,
-                )
-            )
-
-    async def start_vm(self, timeout: float) -> None:
-        # The first time on a machine it compiles for seconds, which is no part of the limit.
-        await self.load()
-        self._started_at = time.monotonic()
-        try:
-            async with asyncio.timeout(timeout):
-                await self._ask(actions.StartMicroVm())
-        except TimeoutError:
-            raise HypervisorError(f"the VM did not start within {timeout:g} s") from None
-
-    async def stop_vm(self) -> None:
-        if self._vm is not None:
-            await self._ask(actions.ShutdownMicroVm())
-
-    async def wait_vm(self) -> str:
-        return (await asyncio.wrap_future(self.vm.ended)).detail
-
-    async def pause_vm(self) -> None:
-        await self._ask(actions.PauseMicroVm())
-
-    async def resume_vm(self) -> None:
-        await self._ask(actions.ResumeMicroVm())
+        with told():
+            self._vm = MicroVm(vm_config(config, tuple(config.devices)))
 
     async def dial(self, port: int) -> socket.socket:
-        with _told():
+        with told():
             return await asyncio.wrap_future(self._vsock.dial(port))
 
     def listen(self, port: int, accept: Callable[[socket.socket], object]) -> None:
-        with _told():
+        with told():
             self._vsock.listen(port, accept)
 
     async def add_share(self, name: str, path: Path, read_only: bool, override_stat: bool) -> None:
-        with _told():
+        with told():
             self._share.add(name, path, read_only=read_only, override_stat=override_stat)
 
     async def remove_share(self, name: str) -> None:
-        with _told():
+        with told():
             self._share.remove(name)
-
-    async def resize_vcpu(self, vcpus: int) -> int:
-        return (await self._ask(actions.ResizeVcpu(vcpus))).vcpus
-
-    async def resize_memory(self, memory_mib: int) -> int:
-        return (await self._ask(actions.ResizeMemory(memory_mib))).memory_mib
-
-    async def add_device(self, device: DeviceConfig) -> str:
-        return (await self._ask(insertion(device))).name
-
-    async def update_device(self, name: str) -> None:
-        await self._ask(actions.UpdateBlockDevice(name))
-
-    async def remove_device(self, name: str) -> None:
-        await self._ask(removal(self.vm.config, name))
-
-    def ended(self) -> str | None:
-        end = self.vm.end
-        return None if end is None else end.detail
 
     def get_pids(self) -> list[int]:
         return [os.getpid()]
-
-    def get_thread_ids(self) -> dict[str, int]:
-        return self.vm.thread_ids
-
-    def get_hypervisor_metrics(self) -> Any:
-        return self.vm.metrics()
-
-    def timeline(self) -> list[tuple[str, float]]:
-        return [(each.name, self._started_at + each.seconds) for each in self.vm.trace.milestones]
-
-    def console_lines(self, count: int) -> list[str]:
-        return self.vm.console.lines(count)
 
     async def cleanup(self) -> None:
         vm, self._vm = self._vm, None
@@ -155,62 +73,3 @@ class FusedHypervisor(Hypervisor):
     @property
     def _share(self) -> FsDevice:
         return cast("FsDevice", self.vm.machine.device(SHARE))
-
-    async def _ask(self, action: actions.VmmAction[AnswerT]) -> AnswerT:
-        with _told():
-            return await asyncio.wrap_future(self.vm.request(action))
-
-
-def insertion(device: DeviceConfig) -> actions.InsertDevice:
-    """The action that plugs a device in.
-
-    Raises:
-        HypervisorError: no device of that kind can come while the guest runs.
-    """
-    for action in (actions.InsertBlockDevice, actions.InsertNetworkDevice, actions.InsertFsDevice):
-        if isinstance(device, action.KIND):
-            return action(device)
-    raise HypervisorError(
-        f"a device of kind {device.KIND!r} cannot come to a guest that runs: it must be a disk (blk), a network"
-        " interface (net) or a shared directory (fs)"
-    )
-
-
-def removal(config: VmConfig, name: str) -> actions.RemoveDevice:
-    """The action that takes a device of a VM away.
-
-    Raises:
-        HypervisorError: there is none of that name, or it is of a kind that stays.
-    """
-    device = next((each for each in config.devices if each.name == name), None)
-    if device is None:
-        known = ", ".join(each.name for each in config.devices)
-        raise HypervisorError(f"the sandbox has no device {name!r}; it has {known}")
-    for action in (actions.RemoveBlockDevice, actions.RemoveNetworkDevice, actions.RemoveFsDevice):
-        if isinstance(device, action.KIND):
-            return action(name)
-    raise HypervisorError(f"device {name!r} is of kind {device.KIND!r}, which stays for as long as the guest runs")
-
-
-def compile_hart() -> None:
-    """Make the compiled hart ready; if it must be made first, which takes seconds, that is shown."""
-    from vmm.engine.rv64.hart import Rv64Engine
-
-    with contextlib.ExitStack() as shown:
-        bars: list[Progress] = []
-
-        def show(fraction: float, what: str) -> None:
-            if not bars:
-                bars.append(shown.enter_context(Progress("Compiling the hart (once)", total=1.0)))
-            bars[0].advance_to(fraction, what)
-
-        Rv64Engine.prepare(show)
-
-
-@contextlib.contextmanager
-def _told() -> Iterator[None]:
-    """The VMM's errors as the runtime's."""
-    try:
-        yield
-    except VmmError as error:
-        raise HypervisorError(str(error)) from error

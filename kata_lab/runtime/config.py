@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from kata_lab.hypervisor import HYPERVISORS
 from kata_lab.runtime.errors import RuntimeFault
 from kata_lab.runtime.state import check_name
 from vmm.config import NetworkConfig
@@ -48,6 +49,7 @@ class SandboxConfig:
         shared_pid_namespace: all containers see one another's processes, as in a pod that says so.
         append: words to add to the kernel's command line.
         trace: count the VM's exits.
+        hypervisor: the arrangement of runtime and VMM, a name of :data:`kata_lab.hypervisor.HYPERVISORS`.
     """
 
     id: str = ""
@@ -64,10 +66,14 @@ class SandboxConfig:
     shared_pid_namespace: bool = False
     append: str = ""
     trace: bool = False
+    hypervisor: str = "fused"
 
     def __post_init__(self) -> None:
         if self.id:
             check_name("the sandbox's name", self.id)
+        if self.hypervisor not in HYPERVISORS:
+            known = ", ".join(map(repr, HYPERVISORS))
+            raise RuntimeFault(f"hypervisor is {self.hypervisor!r}, it must be one of {known}")
         if self.rootfs not in ROOTFS_KINDS:
             raise RuntimeFault(f"rootfs is {self.rootfs!r}, it must be one of {', '.join(map(repr, ROOTFS_KINDS))}")
         if isinstance(self.images, str):

@@ -192,6 +192,31 @@ class Library:
         return enter
 
 
+def ensure(progress: ProgressCallback | None = None) -> Path:
+    """The file of the compiled hart, which is compiled if the cache has none; it is not loaded.
+
+    Raises:
+        EngineError: the compiler failed, or the cache cannot be written.
+    """
+    directory = cache_directory() / "code"
+    target = directory / f"hart-{_fingerprint()}.o"
+    try:
+        if not target.exists():
+            directory.mkdir(parents=True, exist_ok=True)
+            with _exclusive(directory, progress):
+                if not target.exists():
+                    _build(target, progress)
+    except OSError as error:
+        raise _unkept(directory, error) from error
+    return target
+
+
+def _unkept(directory: Path, error: OSError) -> EngineError:
+    return EngineError(
+        f"the compiled hart cannot be kept in {directory}: {error}; let KATA_LAB_HOME name a writable directory"
+    )
+
+
 def load(progress: ProgressCallback | None = None) -> Library:
     """The compiled hart: from this process, the cache, or the compiler.
 
@@ -204,22 +229,14 @@ def load(progress: ProgressCallback | None = None) -> Library:
     with _LOCK:
         if _loaded is not None:
             return _loaded
-        directory = cache_directory() / "code"
-        target = directory / f"hart-{_fingerprint()}.o"
+        target = ensure(progress)
         try:
-            if not target.exists():
-                directory.mkdir(parents=True, exist_ok=True)
-                with _exclusive(directory, progress):
-                    if not target.exists():
-                        _build(target, progress)
             try:
                 _loaded = Library(target.read_bytes())
             except EngineError:
-                with _exclusive(directory, progress):
+                with _exclusive(target.parent, progress):
                     _build(target, progress)
                 _loaded = Library(target.read_bytes())
         except OSError as error:
-            raise EngineError(
-                f"the compiled hart cannot be kept in {directory}: {error}; let KATA_LAB_HOME name a writable directory"
-            ) from error
+            raise _unkept(target.parent, error) from error
         return _loaded
