@@ -112,6 +112,8 @@ system-demo:
 system-test: system-demo
 	$(INSTALL)
 	need 'qemu-system-riscv|qemu-system-misc' 'a referee of CPU and devices' command -v qemu-system-riscv64
+	need qemu-system-x86 'hotplug through ACPI, to compare with' command -v qemu-system-x86_64
+	need 'virtiofsd|qemu-system-common' 'shares directories with that' sh -c 'test -x /usr/libexec/virtiofsd || test -x /usr/lib/qemu/virtiofsd'
 	need qemu-user-static 'a referee of floating point' command -v qemu-riscv64-static
 	need device-tree-compiler 'a referee of the device tree' command -v dtc
 	need cpio 'a referee of the initramfs' command -v cpio
