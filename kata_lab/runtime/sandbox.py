@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from kata_lab.agent.client import LOG_PORT, RPC_PORT, AgentClient
 from kata_lab.errors import KataLabError
-from kata_lab.hypervisor.base import Hypervisor, HypervisorConfig
+from kata_lab.hypervisor import Hypervisor, HypervisorConfig, make_hypervisor
 from kata_lab.resource.network import network_behind_passt
 from kata_lab.resource.rootfs import BlockRoot, DirectoryRoot, LayeredRoot, RootFs
 from kata_lab.resource.scratch import SERIAL, make_scratch
@@ -36,6 +36,7 @@ from kata_lab.runtime.container import Container, ContainerState
 from kata_lab.runtime.errors import RuntimeFault, first_error
 from kata_lab.runtime.greeting import NAME_FILES, NAMES, Greeting, greet
 from kata_lab.runtime.logs import follow_agent_log, logger_of
+from kata_lab.runtime.record_writer import RecordWriter
 from kata_lab.runtime.shares import ShareTable
 from kata_lab.runtime.state import ProcessIdentity, SandboxRecord, StateDirectory, check_name
 from kata_lab.ttrpc import RpcError
@@ -62,22 +63,20 @@ class Sandbox:
 
     Args:
         config: what it is.
-        hypervisor: who runs its VM; the fused VMM if None.
+        hypervisor: who runs its VM; what the configuration names if None.
     """
 
     def __init__(self, config: SandboxConfig | None = None, hypervisor: Hypervisor | None = None) -> None:
         self.config = config if config is not None else SandboxConfig()
         self.id = self.config.id or secrets.token_hex(6)
-        if hypervisor is None:
-            from kata_lab.hypervisor.fused import FusedHypervisor
-
-            hypervisor = FusedHypervisor()
+        hypervisor = make_hypervisor(self.config.hypervisor) if hypervisor is None else hypervisor
         self.hypervisor = hypervisor
         self.containers: dict[str, Container] = {}
         self.log = logger_of(self.id)
         self.paused = False
         self._state = SandboxState.INIT
         self._directory = StateDirectory(self.id)
+        self._record = RecordWriter(self._directory, self._make_record, logger_of(self.id))
         self._agent: AgentClient | None = None
         self._undo = contextlib.AsyncExitStack()
         self._order = asyncio.Lock()
@@ -100,8 +99,12 @@ class Sandbox:
         self.stopped = asyncio.Event()
 
     @classmethod
-    def create(cls, *, hypervisor: Hypervisor | None = None, **config: Any) -> Sandbox:
+    def create(cls, *, hypervisor: Hypervisor | str = "fused", **config: Any) -> Sandbox:
         """A sandbox with these fields of :class:`SandboxConfig`; entering it as a context starts it.
+
+        Args:
+            hypervisor: the name of an arrangement, or one that was made.
+            config: the other fields.
 
         Raises:
             RuntimeFault: an unknown field, or a bad value.
@@ -109,6 +112,8 @@ class Sandbox:
         unknown = ", ".join(name for name in config if name not in SandboxConfig.__slots__)
         if unknown:
             raise RuntimeFault(f"a sandbox has no {unknown}; it has {', '.join(SandboxConfig.__slots__)}")
+        if isinstance(hypervisor, str):
+            return cls(SandboxConfig(hypervisor=hypervisor, **config))
         return cls(SandboxConfig(**config), hypervisor)
 
     @property
@@ -214,7 +219,7 @@ class Sandbox:
         await greet(agent, Greeting(self.id, self.hostname, images, network, shared))
         agent.fate = self._fate
         self._state = SandboxState.RUNNING
-        self._write_record()
+        self._record.change()
         self.mark("sandbox ready")
         for watch in (self._watch_vm(), self._watch_agent(), self._watch_health(), self._watch_memory()):
             self._watch(watch)
@@ -348,7 +353,7 @@ class Sandbox:
             release = functools.partial(self._forget, name, kept)
             container = Container(self.agent, name, spec, release, self._settle)
             self.containers[name] = container
-            self._write_record()
+            self._record.change()
         self.log.info("container created", extra={"container": name})
         return container
 
@@ -376,7 +381,7 @@ class Sandbox:
         self.containers.pop(name, None)
         await kept.aclose()
         if self._state is SandboxState.RUNNING:
-            self._write_record()
+            self._record.change()
             self.log.info("container removed", extra={"container": name})
 
     async def run(
@@ -583,6 +588,7 @@ class Sandbox:
                         await container.abandon()
         finally:
             try:
+                await self._record.settle()
                 await self._undo.aclose()
             finally:
                 self.log.info("sandbox stopped", extra={"reason": reason})
@@ -673,9 +679,6 @@ class Sandbox:
             {"image": self.config.image, "vcpus": self.config.vcpus, "memory_mib": self.config.memory_mib},
             {name: {"args": each.spec.get("process", {}).get("args", [])} for name, each in self.containers.items()},
         )
-
-    def _write_record(self) -> None:
-        self._directory.write(self._make_record())
 
 
 async def _opened(reference: str, held: contextlib.AsyncExitStack) -> ImageHandle:

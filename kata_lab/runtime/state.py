@@ -1,8 +1,8 @@
 """What is on disk of a sandbox that exists: one directory with a record, private to its user.
 
-The record (``sandbox.json``) is written whole and renamed, so that no half of it is ever read; it carries the version
-of its format. It is not made to outlast a loss of power, which no sandbox does either. A process is known by its number
-and the time it started (proc(5), ``stat`` field 22), since numbers are used again.
+The record (``sandbox.json``) is written whole, synced and renamed, so that no half of it is ever read; it carries the
+version of its format. A process is known by its number and the time it started (proc(5), ``stat`` field 22), since
+numbers are used again.
 
 A directory appears together with its record, and whoever makes one clears away those whose processes are dead.
 """
@@ -145,10 +145,18 @@ class StateDirectory:
 
 
 def _write(directory: Path, record: SandboxRecord) -> None:
-    partial = directory / f".{RECORD}.{os.getpid()}"
+    text = json.dumps({"version": VERSION, **asdict(record)}, indent=1)
+    write_whole(directory / f".{RECORD}.{os.getpid()}", directory / RECORD, text)
+
+
+def write_whole(partial: Path, place: Path, text: str) -> None:
+    """Write ``partial``, wait until the disk has it, and give it its name. OSError leaves what was there before."""
     try:
-        partial.write_text(json.dumps({"version": VERSION, **asdict(record)}, indent=1))
-        partial.rename(directory / RECORD)
+        with partial.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.rename(place)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise

@@ -21,7 +21,7 @@ from typing import Any, Final
 
 from kata_lab.errors import KataLabError
 from kata_lab.paths import state_directory
-from kata_lab.runtime.state import NAME, ProcessIdentity, check_name, sandboxes_directory
+from kata_lab.runtime.state import NAME, ProcessIdentity, check_name, sandboxes_directory, write_whole
 from kata_lab.shim.names import made_up_name
 
 VERSION: Final = 1
@@ -134,7 +134,7 @@ class ContainerDirectory:
         text = json.dumps({"version": VERSION, **asdict(record)}, indent=1)
         partial = self.path / f".{RECORD}.{os.getpid()}.{secrets.token_hex(4)}"
         try:
-            _write_whole(partial, self.path / RECORD, text)
+            write_whole(partial, self.path / RECORD, text)
         except FileNotFoundError:
             return
         except OSError as error:
@@ -195,7 +195,7 @@ class ShimDirectory:
         assert identity is not None
         text = json.dumps({"version": VERSION, **asdict(identity)})
         try:
-            _write_whole(self.path / f".{SHIM}", self.path / SHIM, text)
+            write_whole(self.path / f".{SHIM}", self.path / SHIM, text)
         except OSError as error:
             raise RecordError(f"the record {self.path / SHIM} cannot be written: {error.strerror}") from error
 
@@ -285,7 +285,7 @@ def new_container(record: ContainerRecord) -> ContainerDirectory:
         partial.mkdir(mode=0o700)
         try:
             text = json.dumps({"version": VERSION, **asdict(record)}, indent=1)
-            _write_whole(partial / f".{RECORD}", partial / RECORD, text)
+            write_whole(partial / f".{RECORD}", partial / RECORD, text)
             partial.rename(directory.path)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
@@ -300,18 +300,6 @@ def _kept(record: ContainerRecord) -> bool:
     if record.state == "creating" and record.creator is not None and record.creator.alive:
         return True
     return ShimDirectory(record.sandbox).owner() is not None
-
-
-def _write_whole(partial: Path, place: Path, text: str) -> None:
-    try:
-        with partial.open("w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.rename(place)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
 
 
 def _made(path: Path) -> Path:

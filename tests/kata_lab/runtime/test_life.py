@@ -34,7 +34,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("KATA_LAB_HOME", str(tmp_path / "home"))
     image = SimpleNamespace(kernel=tmp_path / "kernel", root=tmp_path / "initrd", append="")
     monkeypatch.setattr("kata_lab.image.build.build_named", lambda name: image)
-    monkeypatch.setattr(sandbox_module, "make_scratch", lambda path: path.write_bytes(b""))
+    monkeypatch.setattr(sandbox_module, "make_scratch", lambda path, lasting: path.write_bytes(b""))
     (tmp_path / "rootfs").mkdir()
     return tmp_path
 
@@ -51,6 +51,8 @@ def left() -> list[str]:
 
 async def others() -> set[asyncio.Task[Any]]:
     """Tasks beside this one, when those that are about to end have."""
+    while writing := [each for each in asyncio.all_tasks() if each.get_name().startswith("record-")]:
+        await asyncio.wait(writing)
     for _ in range(10):
         await asyncio.sleep(0)
     return asyncio.all_tasks() - {asyncio.current_task()}
