@@ -29,6 +29,7 @@ from kata_lab.bench.boot import prepare, versions
 from kata_lab.bench.measure import BenchError, Sample, Watched, steps
 from kata_lab.bench.peer import Peer
 from vmm.config import BlockConfig, DeviceConfig, FsConfig, NetworkConfig, VsockConfig
+from vmm.devices.virtio.vsock.device import VsockDevice
 
 if TYPE_CHECKING:
     from kata_lab.image.library import Image
@@ -182,7 +183,9 @@ def _ours(image: Image, place: Path, seconds: float) -> tuple[dict[str, float], 
         shell.run(f"(socat -u -b 262144 VSOCK-LISTEN:{VSOCK_PORT} OPEN:/dev/null; echo done > /run/drained) &")
         before = vm.metrics()
         told["vsock_to_guest_mb_s"] = VSOCK_BYTES / 1e6 / _clocked(lambda: _to_guest(place / "vsock"))
-        limit = _limit(before, vm.metrics(), VSOCK_BYTES)
+        counted = next(each for each in vm.machine.devices.values() if isinstance(each, VsockDevice)).statistics
+        size = counted.bytes_to_guest / counted.packets_to_guest
+        limit = f"{_limit(before, vm.metrics(), VSOCK_BYTES)}, in packets of {size:.0f} bytes, its driver's choice"
         with _listening(Path(f"{place / 'vsock'}_{VSOCK_PORT}")) as listener:
             shell.run(
                 f"(dd if=/dev/zero bs=1M count={VSOCK_BYTES >> 20} | socat -u -b 262144 - VSOCK:2:{VSOCK_PORT}) &"

@@ -26,7 +26,7 @@ from vmm.board.fdt import Node, cells64, node, write_fdt
 from vmm.bus import Bus
 from vmm.console import Console
 from vmm.devices.plic import PLIC_SIZE, Plic
-from vmm.devices.uart16550 import UART_SIZE, Uart16550
+from vmm.devices.uart16550 import SEND_AT_ONCE, UART_SIZE, Uart16550
 from vmm.devices.virtio.device import VirtioDevice
 from vmm.devices.virtio.mmio import SLOT_SIZE, EmptySlot, VirtioMmio
 from vmm.errors import ConfigError
@@ -243,6 +243,7 @@ def build_tree(harts: int, memory_size: int, chosen: Chosen, slots: int = 8, mmu
                     "clock-frequency": UART_CLOCK_HZ,
                     "reg-shift": 0,
                     "reg-io-width": 1,
+                    "fifo-size": SEND_AT_ONCE,
                 },
             ),
             *(

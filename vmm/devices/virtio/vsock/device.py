@@ -1,9 +1,10 @@
 """The socket device (virtio 1.2, section 5.10): its queues, and its face in Python.
 
 Three queues: what goes to the guest (rx), what comes from it (tx), events. The driver keeps rx filled with buffers,
-which Linux makes 4 KiB large; each takes one packet. What the guest sends is taken on the vCPU's own thread and written
-to the host's sockets without waiting; the same call then reads for the guest what it has given credit for. Data of the
-host that come while the guest waits are read on the event loop's thread.
+each of which takes one packet. Linux (6.12) makes them a page large with what it keeps of each itself, so that 3.6 KiB
+of data fit, and nothing that the device does changes that. What the guest sends is taken on the vCPU's own thread and
+written to the host's sockets without waiting; the same call then reads for the guest what it has given credit for. Data
+of the host that come while the guest waits are read on the event loop's thread.
 
 While too many answers wait for rx buffers, tx is not looked at, so that the guest cannot make the host keep any number
 of them (5.10.6.5).
