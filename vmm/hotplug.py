@@ -40,12 +40,11 @@ from vmm.config import MIB, BalloonConfig, DeviceConfig, VmConfig, VsockConfig
 from vmm.errors import ConfigError, StateError, VmmError
 from vmm.machine import Machine
 from vmm.sbi import HartState
+from vmm.upcall import PORT, UpcallClient, UpcallLost, UpcallRefused
 
 if TYPE_CHECKING:
     from vmm.devices.virtio.balloon import BalloonDevice
     from vmm.devices.virtio.device import VirtioDevice
-    from vmm.upcall import UpcallClient
-
 AnswerT = TypeVar("AnswerT")
 
 RECORDS: Final = 256
@@ -304,7 +303,6 @@ class Hotplug:
             HotplugError: the VM has no vsock device.
         """
         from vmm.devices.virtio.vsock.device import VsockDevice
-        from vmm.upcall import PORT, UpcallClient
 
         if self.upcall is None:
             vsock = next((each for each in self._machine.devices.values() if isinstance(each, VsockDevice)), None)
@@ -410,8 +408,6 @@ class Hotplug:
         return True
 
     async def _restore_cpus(self, before: int, wanted: int, ran: list[int], failure: VmmError) -> None:
-        from vmm.upcall import UpcallLost, UpcallRefused
-
         machine = self._machine
         if isinstance(failure, UpcallLost):
             # Harts that stand still need not wait for that; and what is not permitted does not come up later.
@@ -447,9 +443,10 @@ class Hotplug:
         balloon = self._balloon(action, config.name)
         before = balloon.target_mib
         start, target = balloon.actual_mib, min(most - wanted + config.target_mib, most)
-        balloon.set_target(target)
-        self._step("target set")
         try:
+            await self._spare(balloon, target - start)
+            balloon.set_target(target)
+            self._step("target set")
             if not await self._reaches(balloon, target):
                 raise HotplugError(_stalled(balloon, start, target))
         except VmmError as error:
@@ -459,6 +456,24 @@ class Hotplug:
         self._step("guest is there")
         self._keep(self._config().replace(memory_mib=wanted, max_memory_mib=most))
         return actions.MemoryResized(wanted)
+
+    async def _spare(self, balloon: BalloonDevice, mib: int) -> None:
+        """Refuse to take what the guest cannot do without: its kernel would kill processes, and not refuse.
+
+        Raises:
+            HotplugError: it says that it has less than so many MiB available (virtio 1.2, 5.5.6.4).
+        """
+        if mib <= 0:
+            return
+        try:
+            asked = balloon.request_statistics()
+        except StateError:
+            return  # a driver that does not say
+        asked.add_done_callback(lambda _: self._machine.changed())
+        if await self._until(asked.done, STALL_SECONDS) and asked.exception() is None:
+            available = asked.result().values.get("available", mib * MIB) // MIB
+            if available < mib:
+                raise HotplugError(f"the guest is asked for {mib} MiB, and can spare {available} MiB")
 
     async def _reaches(self, balloon: BalloonDevice, target: int) -> bool:
         """Wait for the guest, as long as it gets on."""
@@ -488,10 +503,17 @@ class Hotplug:
 
     # Devices.
 
+    def _any(self, action: VmmAction[Any], name: str) -> VirtioDevice:
+        """The device of that name; ConfigError if there is none."""
+        device = self._machine.devices.get(name)
+        if device is None or name in self._undoing:
+            raise _unknown(action, self._machine.devices)
+        return device
+
     def _find(self, action: VmmAction[Any], name: str, kind: type[AnswerT]) -> AnswerT:
         """The device of that name and class; ConfigError if there is none."""
-        device = self._machine.devices.get(name)
-        if not isinstance(device, kind) or name in self._undoing:
+        device = self._any(action, name)
+        if not isinstance(device, kind):
             raise _unknown(action, self._machine.devices)
         return device
 
@@ -542,8 +564,6 @@ class Hotplug:
         return ""
 
     async def _take_back(self, name: str, failure: VmmError) -> None:
-        from vmm.upcall import UpcallLost
-
         device = self._machine.device(name)
         try:
             async with asyncio.timeout(UNDO_SECONDS):
@@ -560,8 +580,6 @@ class Hotplug:
 
     async def _clean_slots(self) -> None:
         """Have the guest let go of what was taken from it, so that the slots can be used again."""
-        from vmm.upcall import UpcallRefused
-
         for number in list(self._stale):
             try:
                 await self._guest().del_mmio(*_slot_place(number))
@@ -576,9 +594,7 @@ class Hotplug:
         return actions.Empty()
 
     async def _remove(self, action: actions.RemoveDevice) -> actions.Empty:
-        from vmm.devices.virtio.device import VirtioDevice
-
-        device = self._find(action, action.device, VirtioDevice)
+        device = self._any(action, action.device)
         if action.KIND.KIND != device.KIND:
             raise _unknown(action, self._machine.devices)
         await self._release(device)
@@ -599,7 +615,7 @@ class Hotplug:
                 raise HotplugError("the guest says that it has given the device up, but its driver runs it")
         except VmmError as error:
             undone = ""
-            if was_active and _is_unsure(error):
+            if was_active and isinstance(error, UpcallLost):
                 undone = await self._undo(device.name, partial(self._give_again, device))
             raise HotplugError(f"{device.name} stays: {error}{undone}") from error
         self._prepared.add(device.name)
@@ -626,7 +642,10 @@ class Hotplug:
     async def _manipulate_fs(self, action: actions.ManipulateFsBackend) -> actions.Empty:
         from vmm.devices.virtio.fs.directory import SharedDirectory, manipulate
 
-        manipulate(self._find(action, action.device, SharedDirectory), action)
+        share = self._any(action, action.device)
+        if not isinstance(share, SharedDirectory):
+            raise _unknown(action, self._machine.devices)
+        manipulate(share, action)
         return actions.Empty()
 
 
@@ -648,10 +667,3 @@ def _stalled(balloon: BalloonDevice, start: int, target: int) -> str:
     done = abs(balloon.actual_mib - start)
     what = "gave up" if target > start else "took"
     return f"the guest {what} {done} of {abs(target - start)} MiB and then no more for {STALL_SECONDS:g} s"
-
-
-def _is_unsure(error: VmmError) -> bool:
-    """Whether the guest may have done what it was asked for all the same."""
-    from vmm.upcall import UpcallLost
-
-    return isinstance(error, UpcallLost)
