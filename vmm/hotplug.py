@@ -362,7 +362,7 @@ class Hotplug:
                 await self._drop_cpus(before, wanted)
         except VmmError as error:
             undone = await self._undo("vCPUs", partial(self._restore_cpus, before, wanted, ran, error))
-            now = len(machine.vcpus)
+            now = before if "vCPUs" in self._undoing else len(machine.vcpus)
             self._keep_vcpus()
             raise HotplugError(f"the VM has {now} vCPUs and not {wanted}: {error}{undone}") from error
         self._keep_vcpus()
