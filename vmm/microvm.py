@@ -91,16 +91,20 @@ class MicroVm:
         self._handlers: dict[type[Any], Callable[[Any], Awaitable[object]]] = {
             actions.ConfigureBootSource: self._configure_boot_source,
             actions.SetVmConfiguration: self._set_configuration,
-            actions.GetVmConfiguration: self._get_configuration,
             actions.StartMicroVm: self._start,
             actions.PauseMicroVm: self._pause,
             actions.ResumeMicroVm: self._resume,
             actions.ShutdownMicroVm: self._shutdown,
-            actions.GetState: self._get_state,
-            actions.GetHypervisorMetrics: self._get_metrics,
             actions.GetReport: self._get_report,
-            actions.GetUpcallState: self._get_upcall_state,
         }
+        # What only looks, and may be answered on any thread.
+        self._reads: dict[type[Any], Callable[[], Any]] = {
+            actions.GetVmConfiguration: lambda: actions.VmConfiguration(self._config),
+            actions.GetState: lambda: actions.MachineState(self._state, self.end),
+            actions.GetHypervisorMetrics: lambda: actions.HypervisorMetrics(self.metrics()),
+            actions.GetUpcallState: lambda: actions.UpcallState("" if self.upcall is None else self.upcall.state.value),
+        }
+        self._under_way = 0  # actions that were sent and not answered yet
         _OPEN.add(self)
 
     @property
@@ -176,16 +180,25 @@ class MicroVm:
         Raises:
             ConfigError: something that is not an action.
         """
-        if type(action) not in self._handlers and type(action) not in Hotplug.ACTIONS:
-            known = ", ".join(each.__name__ for each in (*self._handlers, *Hotplug.ACTIONS))
+        if not any(type(action) in each for each in (self._reads, self._handlers, Hotplug.ACTIONS)):
+            known = ", ".join(each.__name__ for each in (*self._handlers, *self._reads, *Hotplug.ACTIONS))
             raise ConfigError(f"{action!r} is no action; the actions are {known}")
+        at_once: concurrent.futures.Future[AnswerT] = concurrent.futures.Future()
         with self._lock:
-            if not self._closed:
+            read = self._reads.get(type(action))
+            if self._closed:
+                at_once.set_exception(StateError(f"{action.name} came to a VM that is closed; make a new one"))
+            elif read is not None and not self._under_way:
+                # Nothing is before it, and it changes nothing: a function call, without a change of threads.
+                at_once.set_result(read())
+            else:
                 loop = self._running_loop()
-                return asyncio.run_coroutine_threadsafe(self._carry_out(action), loop)
-        refused: concurrent.futures.Future[AnswerT] = concurrent.futures.Future()
-        refused.set_exception(StateError(f"{action.name} came to a VM that is closed; make a new one"))
-        return refused
+                self._under_way += 1
+                future = asyncio.run_coroutine_threadsafe(self._carry_out(action), loop)
+        if not at_once.done():
+            future.add_done_callback(self._answered)
+            return future
+        return at_once
 
     def start(self) -> None:
         """Build the machine, load the kernel, and let the harts run.
@@ -317,9 +330,15 @@ class MicroVm:
             self._loop = self._loop_threads[-1].start()
         return self._loop
 
+    def _answered(self, future: concurrent.futures.Future[Any]) -> None:
+        with self._lock:
+            self._under_way -= 1
+
     async def _carry_out(self, action: VmmAction[AnswerT]) -> AnswerT:
         async with self._order:
-            handler = self._handlers.get(type(action))
+            read, handler = self._reads.get(type(action)), self._handlers.get(type(action))
+            if read is not None:
+                return cast(AnswerT, read())
             if handler is not None:
                 return cast(AnswerT, await handler(action))
             if self._state is VmState.CONFIGURED:
@@ -356,18 +375,6 @@ class MicroVm:
         self._trace = Trace(config.trace, config.console.milestones)
         self._config = config
         return actions.Empty()
-
-    async def _get_configuration(self, action: actions.GetVmConfiguration) -> actions.VmConfiguration:
-        return actions.VmConfiguration(self._config)
-
-    async def _get_upcall_state(self, action: actions.GetUpcallState) -> actions.UpcallState:
-        return actions.UpcallState("" if self.upcall is None else self.upcall.state.value)
-
-    async def _get_state(self, action: actions.GetState) -> actions.MachineState:
-        return actions.MachineState(self._state, self.end)
-
-    async def _get_metrics(self, action: actions.GetHypervisorMetrics) -> actions.HypervisorMetrics:
-        return actions.HypervisorMetrics(self.metrics())
 
     async def _start(self, action: actions.StartMicroVm) -> actions.Empty:
         self._require(action, VmState.CONFIGURED)
