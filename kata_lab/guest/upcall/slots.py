@@ -126,7 +126,7 @@ def _is_mounted(device):
     ]
     marks = [f" - virtiofs {tag} " for tag in tags]
     seen = set()
-    return any(_sees_mount(process, marks, seen) for process in os.listdir("/proc") if process.isdigit())
+    return any(_sees_mount(entry[0], marks, seen) for entry in os.ilistdir("/proc") if entry[0].isdigit())
 
 
 def _sees_mount(process, marks, seen):
