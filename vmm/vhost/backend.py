@@ -60,6 +60,7 @@ class Ring:
     error: int = -1
     enabled: bool = False
     started: bool = False
+    served: bool = False
 
 
 class BackEnd:
@@ -119,6 +120,8 @@ class BackEnd:
             self._ended("")
         except VmmError as error:
             self._ended(str(error))
+        except Exception as error:
+            self._ended(f"a mistake in its code: {type(error).__name__}: {error}")
 
     def _serve(self, message: Message) -> None:
         wanted = bool(message.flags & NEED_REPLY and self._agreed & ProtocolFeature.REPLY_ACK)
@@ -154,12 +157,11 @@ class BackEnd:
 
     def _set_memory(self, message: Message) -> None:
         memory = SharedMemory(unpack_table(message), message.descriptors)
-        served = [number for number, ring in enumerate(self._rings) if ring.started and ring.enabled]
-        for number in served:
+        for number in range(len(self._rings)):
             self._stop(number)
         self._connect(memory)
-        for number in served:
-            self._start(number)
+        for number in range(len(self._rings)):
+            self._start_if_due(number)
 
     def _connect(self, memory: SharedMemory) -> None:
         """Let the device have guest memory, in place of what it had."""
@@ -216,11 +218,11 @@ class BackEnd:
         taken = os.dup(message.descriptors[0]) if message.descriptors else -1
         if taken >= 0:
             os.set_blocking(taken, False)
-        before = getattr(ring, which)
-        if before >= 0:
-            self._loop.remove_reader(before)
-            os.close(before)
-        setattr(ring, which, taken)
+        with self._device.lock:  # workers of the device call, too
+            before = getattr(ring, which)
+            setattr(ring, which, taken)
+            if before >= 0:
+                os.close(before)
         return value & RING_MASK
 
     def _set_call(self, message: Message) -> None:
@@ -230,33 +232,39 @@ class BackEnd:
         self._set_descriptor(message, "error")
 
     def _set_kick(self, message: Message) -> None:
-        number = self._set_descriptor(message, "kick")
-        ring = self._rings[number]
+        number = message.number & RING_MASK
+        ring = self._ring(number)
+        self._stop(number)
+        self._set_descriptor(message, "kick")
         if ring.kick < 0:
             raise VhostError(f"ring {number} came without a descriptor for its notifications, it must have one")
         ring.started = True
-        if ring.enabled:
-            self._start(number)
+        self._start_if_due(number)
 
     def _set_enabled(self, message: Message) -> None:
         number, enabled = message.unpack(RING_STATE)
         ring = self._ring(number)
-        if bool(enabled) == ring.enabled:
-            return
         ring.enabled = bool(enabled)
-        if ring.started:
-            if ring.enabled:
-                self._start(number)
-            else:
-                self._stop(number)
+        if ring.enabled:
+            self._start_if_due(number)
+        else:
+            self._stop(number)
 
     def _get_base(self, message: Message) -> bytes:
         number, _ = message.unpack(RING_STATE)
         ring = self._ring(number)
-        if ring.started and ring.enabled:
-            self._stop(number)
+        self._stop(number)
         ring.started = False
         return RING_STATE.pack(number, ring.base)
+
+    def _start_if_due(self, number: int) -> None:
+        ring = self._rings[number]
+        if ring.started and ring.enabled and not ring.served:
+            try:
+                self._start(number)
+            except VmmError:
+                ring.started = False
+                raise
 
     def _start(self, number: int) -> None:
         ring, memory = self._rings[number], self._memory
@@ -271,13 +279,16 @@ class BackEnd:
             queue.restore(state, bool(self._features & EVENT_IDX), bool(self._features & INDIRECT_DESC))
             if not device.active and device.mistake is None:
                 device.start(self._features)
+        ring.served = True
         self._loop.add_reader(ring.kick, self._kicked, number)
         device.notified(number)
 
     def _stop(self, number: int) -> None:
         ring, device = self._rings[number], self._device
-        if ring.kick >= 0:
-            self._loop.remove_reader(ring.kick)
+        if not ring.served:
+            return
+        ring.served = False
+        self._loop.remove_reader(ring.kick)
         queue = device.queues[number]
         with device.lock:
             device.pause()
@@ -288,8 +299,7 @@ class BackEnd:
 
     def _reset(self, message: Message) -> None:
         for number, ring in enumerate(self._rings):
-            if ring.started and ring.enabled:
-                self._stop(number)
+            self._stop(number)
             ring.started = ring.enabled = False
             ring.base = 0
         self._device.reset()
@@ -297,8 +307,13 @@ class BackEnd:
     # What the device and the front end tell each other.
 
     def _kicked(self, number: int) -> None:
-        with contextlib.suppress(BlockingIOError):
+        try:
             os.eventfd_read(self._rings[number].kick)
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            self._ended(f"the descriptor of ring {number}'s notifications is no eventfd: {error.strerror}")
+            return
         self._device.notified(number)
 
     def _call(self, number: int) -> None:

@@ -49,7 +49,8 @@ class Channel:
         data = HEADER.pack(request, flags | VERSION, len(payload)) + payload
         ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
         sent = self.socket.sendmsg([data], ancillary)
-        self.socket.sendall(data[sent:])
+        if sent < len(data):
+            self.socket.sendall(data[sent:])
 
     def receive(self) -> Message | None:
         """The next message; None if it has not come as a whole yet, on a non-blocking socket.
