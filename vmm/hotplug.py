@@ -354,6 +354,7 @@ class Hotplug:
         if "vCPUs" in self._undoing:
             raise HotplugError("vCPUs cannot come or go before the guest has undone what failed earlier; try again")
         before = len(machine.vcpus)
+        amended = self._config().replace(vcpus=wanted, max_vcpus=most)
         ran = [hart for hart in range(before) if self._runs(hart)]
         try:
             if wanted > before:
@@ -363,15 +364,13 @@ class Hotplug:
         except VmmError as error:
             undone = await self._undo("vCPUs", partial(self._restore_cpus, before, wanted, ran, error))
             now = before if "vCPUs" in self._undoing else len(machine.vcpus)
-            self._keep_vcpus()
+            if now != before:  # what the guest does not give back
+                self._keep(self._config().replace(vcpus=now, max_vcpus=most))
+            if now == wanted:
+                return actions.VcpusResized(wanted)
             raise HotplugError(f"the VM has {now} vCPUs and not {wanted}: {error}{undone}") from error
-        self._keep_vcpus()
+        self._keep(amended)
         return actions.VcpusResized(wanted)
-
-    def _keep_vcpus(self) -> None:
-        if "vCPUs" not in self._undoing:
-            most = len(self._machine.engine.harts)
-            self._keep(self._config().replace(vcpus=len(self._machine.vcpus), max_vcpus=most))
 
     def _runs(self, hart: int) -> bool:
         return self._machine.states[hart] is not HartState.STOPPED
@@ -441,6 +440,7 @@ class Hotplug:
         if config is None:
             raise HotplugError("memory comes and goes by a balloon, and the VM has none; insert one first")
         balloon = self._balloon(action, config.name)
+        amended = self._config().replace(memory_mib=wanted, max_memory_mib=most)
         before = balloon.target_mib
         start, target = balloon.actual_mib, min(most - wanted + config.target_mib, most)
         try:
@@ -454,7 +454,7 @@ class Hotplug:
             now = self._config().memory_mib
             raise HotplugError(f"the VM goes back to {now} MiB of memory instead of {wanted}: {error}") from error
         self._step("guest is there")
-        self._keep(self._config().replace(memory_mib=wanted, max_memory_mib=most))
+        self._keep(amended)
         return actions.MemoryResized(wanted)
 
     async def _spare(self, balloon: BalloonDevice, mib: int) -> None:

@@ -70,8 +70,8 @@ class FakeGuest:
         busy: bases of slots whose device is in use.
     """
 
-    def __init__(self, directory: Path, **settings: Any) -> None:
-        kernel = program().write(directory / "Image")
+    def __init__(self, directory: Path, made: Program | None = None, **settings: Any) -> None:
+        kernel = (made or program()).write(directory / "Image")
         config = {"kernel": kernel, "memory_mib": 8, "vcpus": 1, "max_vcpus": 4, **settings}
         self.behaviours: deque[Behaviour] = deque()
         self.requests: list[Frame] = []
@@ -204,9 +204,9 @@ def after_doing_it(behaviour: Behaviour) -> Behaviour:
 
 
 @contextmanager
-def running(directory: Path, **settings: Any) -> Iterator[FakeGuest]:
-    """A guest that runs."""
-    guest = FakeGuest(directory, **settings)
+def running(directory: Path, made: Program | None = None, **settings: Any) -> Iterator[FakeGuest]:
+    """A guest that runs; ``made`` is its program, if it is another one."""
+    guest = FakeGuest(directory, made, **settings)
     try:
         guest.vm.start()
         yield guest

@@ -24,7 +24,7 @@ from tests.vmm.hotplug_guest import (
     twice,
     wrong_type,
 )
-from vmm import ConfigError, MicroVm, ShutdownMicroVm, StateError, VmConfig, VmState
+from vmm import ConfigError, EndKind, MicroVm, ShutdownMicroVm, StateError, VmConfig, VmState
 from vmm.actions import GetUpcallState, InsertMemDevice, ResizeMemory, ResizeVcpu, SetVmConfiguration
 from vmm.hotplug import HotplugError
 from vmm.sbi import BASE, DBCN, HSM, IPI, RFENCE, HartState
@@ -297,6 +297,40 @@ def test_a_shutdown_ends_the_request_and_those_behind_it(guest: FakeGuest) -> No
     with pytest.raises(StateError, match="ResizeVcpu came too late, since the VM has ended"):
         requests[1].result(60)
     assert not [name for name in guest.vm.thread_ids if name.startswith("vcpu")]
+
+
+def test_a_guest_that_shuts_down_ends_the_request(tmp_path: Path) -> None:
+    ends = Program().put("jal", rd="zero", imm="main").reset().label("main").forever()
+    with running(tmp_path, ends) as guest:
+        # Hart 1 shuts down as soon as it is started.
+        guest.behaviours.append(after_doing_it(hang))
+        request = guest.vm.request(ResizeVcpu(2))
+
+        assert guest.vm.wait(60).kind is EndKind.SHUTDOWN
+        with pytest.raises(HotplugError, match="the VM has ended"):
+            request.result(60)
+        assert not [name for name in guest.vm.thread_ids if name.startswith("vcpu")]
+
+
+def test_a_cpu_that_came_all_the_same_and_is_not_given_back_is_counted(guest: FakeGuest, impatient: None) -> None:
+    def one_of_two(fake: FakeGuest, request: Frame) -> bytes | None:
+        fake.carry_out(Frame(FrameType.ADD_CPU, Cpus(1)))
+        return None
+
+    guest.behaviours.extend([one_of_two, refuse(errno.EBUSY)])
+
+    with pytest.raises(HotplugError, match="the VM has 2 vCPUs and not 3: ADD_CPU count=2 was sent, but not answered"):
+        resize(guest, 3)
+
+    assert guest.vm.config.vcpus == len(guest.vm.machine.vcpus) == len(guest.online) == 2
+    assert resize(guest, 1) == 1
+
+
+def test_what_was_asked_for_and_cannot_be_undone_is_done(guest: FakeGuest, impatient: None) -> None:
+    guest.behaviours.extend([after_doing_it(die), refuse(errno.EBUSY)])
+
+    assert resize(guest, 2) == 2
+    assert guest.vm.config.vcpus == len(guest.vm.machine.vcpus) == len(guest.online) == 2
 
 
 def test_other_actions_do_not_wait_for_a_guest_that_hangs(guest: FakeGuest) -> None:

@@ -291,3 +291,20 @@ def test_debug_console_ranges_outside_memory_are_refused(
 def test_calls_have_names() -> None:
     assert call_name((0, 0, 0, 0, 0, 0, 0, TIME)) == "time.set_timer"
     assert call_name((0, 0, 0, 0, 0, 0, 9, 0x1234)) == "unknown.0x1234.9"
+
+
+def test_a_hart_that_is_unplugged_cannot_be_started_until_it_is_plugged_in() -> None:
+    woken: list[int] = []
+    states = HartStates(3, woken.append, plugged=1)
+    entry = Entry(RAM, 0)
+
+    assert states.start(2, entry) is SbiError.INVALID_PARAM
+    states.plug(2)
+    assert states.start(2, entry) is SbiError.SUCCESS
+    assert woken == [2]
+    assert not states.unplug(2)
+    states.take_up(2)
+    assert not states.unplug(2)
+    states.stop(2)
+    assert states.unplug(2)
+    assert states.start(2, entry) is SbiError.INVALID_PARAM
