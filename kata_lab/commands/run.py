@@ -241,7 +241,7 @@ def _start_detached(record: ContainerRecord) -> None:
 
 @contextlib.contextmanager
 def _removed_unless_done(directory: ContainerDirectory) -> Iterator[None]:
-    """A container that could not be made, or not be started, is nothing to keep."""
+    """A container that could not be made, or not be started, is nothing to keep; nor is what came of its sandbox."""
     try:
         yield
     except BaseException:
@@ -249,6 +249,9 @@ def _removed_unless_done(directory: ContainerDirectory) -> Iterator[None]:
             record = directory.read()
             if record.started:
                 raise
+            from kata_lab.commands.manage import remove
+
+            remove(directory, force=True)
         directory.remove()
         raise
 

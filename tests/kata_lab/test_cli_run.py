@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 
 from kata_lab.shim.client import ShimClient
-from tests.kata_lab.cli_process import COMMAND, SECONDS, OnTerminal, kata_lab
+from kata_lab.shim.records import ShimDirectory
+from tests.kata_lab.cli_process import COMMAND, SECONDS, OnTerminal, Started, kata_lab
 
 WEB = "kata-lab-test-web"
 
@@ -209,6 +210,23 @@ def test_killed_shim_takes_everything_with_it_and_the_container_starts_again(web
     assert inspected(web)["status"] == 137
     said("rm", web)
     assert json.loads(said("ps", "-a", "--json")) == []
+
+
+def test_shim_that_is_killed_while_its_guest_boots_leaves_nothing(runtime_directory: Path) -> None:
+    def shim() -> int:
+        booting = (runtime_directory / "kata-lab" / "sandboxes").glob("*/vsock")
+        ids = [each.parent.name for each in booting]
+        owner = ShimDirectory(ids[0]).owner() if ids else None
+        return owner.pid if owner is not None else 0
+
+    with Started(["run", "--name", "early", "busybox", "true"]) as client:
+        until(lambda: shim() > 0)
+        os.kill(shim(), signal.SIGKILL)
+        status, errors = client.status(), client.errors()
+
+    assert (status, errors.count("\n")) == (125, 1)
+    assert "was killed by signal 9 before it was ready" in errors
+    assert left(runtime_directory) == []
 
 
 def test_container_that_is_started_again_has_what_it_wrote_and_its_limits(runtime_directory: Path) -> None:

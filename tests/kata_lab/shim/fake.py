@@ -1,9 +1,14 @@
-"""A sandbox without a guest: its containers are processes of the host. What is done with them is the shim's own."""
+"""A sandbox without a guest: its containers are processes of the host. What is done with them is the shim's own.
+
+As with a guest, they end with the shim. At the step that ``FAKE_STOP_AT`` names the shim's process stops, once, by
+SIGSTOP, so that a test can kill it, or its client, there.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import fcntl
 import os
 import pty
@@ -22,6 +27,21 @@ from kata_lab.runtime.container import Container
 from kata_lab.runtime.errors import RuntimeFault
 from kata_lab.runtime.sandbox import SandboxConfig, SandboxState
 from kata_lab.ttrpc import RpcError, StatusCode
+
+STOP_AT = "FAKE_STOP_AT"
+
+_PR_SET_PDEATHSIG = 1
+
+
+def reach(step: str) -> None:
+    """Stop here, if this is where to stop."""
+    if os.environ.get(STOP_AT) == step:
+        del os.environ[STOP_AT]
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def _end_with_parent() -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 class FakeProcess:
@@ -45,7 +65,11 @@ class FakeProcess:
             self.terminal = ours
         try:
             self.child = await asyncio.create_subprocess_exec(
-                *self.description["args"], env=environment, start_new_session=True, **streams
+                *self.description["args"],
+                env=environment,
+                start_new_session=True,
+                preexec_fn=_end_with_parent,
+                **streams,
             )
         except FileNotFoundError as error:
             raise RpcError(StatusCode.INTERNAL, f"executable file `{error.filename}` not found in $PATH") from error
@@ -114,6 +138,7 @@ class FakeAgent:
     async def call(self, method: str, timeout: float | None = None, /, **request: Any) -> dict[str, Any]:
         process = self.processes.get(request.get("exec_id") or request.get("container_id", ""))
         self.durations.setdefault(method, Durations()).add(1.5)
+        reach(method)
         match method:
             case "StartContainer":
                 await self.processes[request["container_id"]].start()
@@ -197,6 +222,7 @@ class FakeSandbox:
         if os.environ.get("FAKE_BUILD"):
             with Progress("Building the guest"):
                 await asyncio.sleep(0)
+        reach("sandbox starts")
         if self.config.memory_mib > 65536:
             raise RuntimeFault(f"a guest of {self.config.memory_mib} MiB is too large for this machine")
 
@@ -207,12 +233,14 @@ class FakeSandbox:
         async def release() -> None:
             self.containers.pop(container_id, None)
 
+        reach("CreateContainer")
         self.agent.processes[container_id] = FakeProcess(spec["process"])
         container = Container(self.agent, container_id, spec, release)
         self.containers[container_id] = container
         return container
 
     async def stop(self) -> None:
+        reach("sandbox stops")
         for process in self.agent.processes.values():
             await process.close()
         self.stopped.set()
@@ -235,6 +263,7 @@ def main() -> int:
     def make(sandbox_id: str, stay: bool = False) -> real.Shim:
         return real.Shim(sandbox_id, FakeSandbox, stay)
 
+    reach("process runs")
     serve = process.serve
     process.serve = lambda *arguments: serve(*arguments, make_shim=make)
     return process.main()
