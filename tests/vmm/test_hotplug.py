@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import random
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from tests.vmm.hotplug_guest import (
     die,
     hang,
     lie,
+    obey,
     refuse,
     running,
     twice,
@@ -378,6 +380,28 @@ def test_every_request_leaves_a_record(guest: FakeGuest) -> None:
     assert times == sorted(times)
     assert guest.vm.upcall is not None
     assert len(guest.vm.upcall.frames) == 4 + 1  # with the greeting
+
+
+def test_whatever_happens_the_vm_can_be_resized_afterwards(guest: FakeGuest, impatient: None) -> None:
+    chance = random.Random(5)
+    kinds: list[Behaviour] = [obey, obey, die, after_doing_it(die), twice, refuse(errno.EBUSY), lie]
+    for _ in range(12):
+        guest.behaviours.clear()
+        guest.behaviours.extend(chance.choices(kinds, k=3))
+        requests = [guest.vm.request(ResizeVcpu(chance.randint(1, 4))) for _ in range(chance.randint(1, 3))]
+        if chance.random() < 0.5:
+            guest.vm.pause()
+            guest.vm.resume()
+        else:
+            guest.vm.report()
+        for request in requests:
+            assert isinstance(request.exception(60), HotplugError | StateError | None)
+    guest.behaviours.clear()
+
+    # What was to be undone may still be.
+    wait_until(lambda: guest.vm.request(ResizeVcpu(4)).exception(60) is None)
+    for vcpus in (1, 3):
+        assert resize(guest, vcpus) == len(guest.vm.machine.vcpus) == len(guest.online) == vcpus
 
 
 def test_before_the_start_a_resize_amends_the_configuration() -> None:
