@@ -80,7 +80,12 @@ class Driver:
         self.crashes: list[BaseException] = []
         self.loop = Loop()
         self.line = IrqLine(self._level)
-        self.slot = self.loop.run(VirtioMmio, device, self.memory, self.line, self.loop.loop, self.crashes.append)
+        try:
+            self.slot = self.loop.run(VirtioMmio, device, self.memory, self.line, self.loop.loop, self.crashes.append)
+        except BaseException:
+            self.loop.close()
+            self.memory.close()
+            raise
         self.queues: list[DriverQueue] = []
 
     def _level(self, level: bool) -> None:
