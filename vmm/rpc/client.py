@@ -33,11 +33,13 @@ from vmm.actions import EndKind, MachineEnd, VmmAction, VmState
 from vmm.config import VmConfig
 from vmm.console import Console
 from vmm.errors import ConfigError, StateError, VmmError
+from vmm.hotplug import HotplugRecord
 from vmm.metrics import ProcessMemory, VmMetrics
 from vmm.microvm import VmTimeout
 from vmm.report import CrashReport
 from vmm.rpc import wire
 from vmm.rpc.connection import Connection
+from vmm.rpc.hotplugs import ReadHotplugs
 from vmm.rpc.process import ServerProcess
 from vmm.rpc.vsock import VsockPorts
 from vmm.trace import Milestone
@@ -45,7 +47,7 @@ from vmm.trace import Milestone
 AnswerT = TypeVar("AnswerT")
 
 QUERY_SECONDS: Final = 10.0  #: for what the VMM process answers without the VM
-CLOSE_SECONDS: Final = 30.0  #: for an orderly end of the VMM process, before it is killed
+CLOSE_SECONDS: Final = 10.0  #: for an orderly end of the VMM process, before it is killed
 _REAP_SECONDS = 0.05  # from the end of the connection until the process has ended too
 _TYPED_AT_ONCE = 4096
 _WHAT = "the VMM process"
@@ -152,6 +154,14 @@ class RemoteVm:
         return self._trace
 
     @property
+    def hotplugs(self) -> tuple[HotplugRecord, ...]:
+        """What was hot-plugged and how that went, as the VMM process tells it; nothing once it has gone."""
+        try:
+            return tuple(self.query(ReadHotplugs()).records)
+        except wire.RpcError:
+            return ()
+
+    @property
     def end(self) -> MachineEnd | None:
         """How the VM ended; None while it has not."""
         return self._end.result() if self._end.done() else None
@@ -185,7 +195,8 @@ class RemoteVm:
         """Send an action; the future holds its answer or its VmmError. Actions are carried out in the order of sending.
 
         Raises:
-            ConfigError: something that is not an action, or that cannot travel.
+            ConfigError: something that is not an action.
+            CodecError: an action whose values cannot travel.
         """
         if not isinstance(action, VmmAction):
             raise ConfigError(f"{action!r} is no action; the actions are the classes of vmm.actions")

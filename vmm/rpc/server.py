@@ -30,6 +30,7 @@ from vmm.microvm import MicroVm
 from vmm.rpc import wire
 from vmm.rpc.codec import CodecError
 from vmm.rpc.endpoint import PrivateListener, require_owner
+from vmm.rpc.hotplugs import Hotplugs, ReadHotplugs
 from vmm.rpc.process import end_within, on_orphaned, say_listening
 
 HELLO_SECONDS: Final = 10.0  #: until a client must have said Hello
@@ -134,6 +135,7 @@ class ServedVm:
         self._own: dict[type[Any], Callable[[Any], Awaitable[object]]] = {
             wire.GetThreadIds: self._get_thread_ids,
             wire.ReadMetrics: self._read_metrics,
+            ReadHotplugs: self._read_hotplugs,
             wire.TypeOnConsole: self._type,
         }
 
@@ -170,6 +172,9 @@ class ServedVm:
 
     async def _read_metrics(self, action: wire.ReadMetrics) -> wire.Counters:
         return wire.Counters(self._made.metrics())
+
+    async def _read_hotplugs(self, action: ReadHotplugs) -> Hotplugs:
+        return Hotplugs(self._made.hotplugs)
 
     async def _type(self, action: wire.TypeOnConsole) -> wire.Typed:
         uart = self._made.machine.board.uart

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from vmm.devices.virtio.device import COMMON_FEATURES, EVENT_IDX, INDIRECT_DESC, Host, VirtioDevice
-from vmm.devices.virtio.queue import Queue, QueueError, QueueState
+from vmm.devices.virtio.queue import MAX_QUEUE_SIZE, Queue, QueueError, QueueState
 from vmm.errors import VmmError
 from vmm.vhost.channel import Channel, close_all
 from vmm.vhost.memory import SharedMemory
@@ -177,8 +177,9 @@ class BackEnd:
                 crashed=self._crashed,
             )
         )
+        # How large they may be is for the front end to say to its guest.
         device.queues = tuple(
-            Queue(memory, size, partial(self._call, number)) for number, size in enumerate(device.queue_sizes)
+            Queue(memory, MAX_QUEUE_SIZE, partial(self._call, number)) for number in range(len(self._rings))
         )
         if old is not None:
             old.close()

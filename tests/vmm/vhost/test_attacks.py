@@ -181,7 +181,7 @@ def test_regions_are_seen_where_they_are_and_nothing_is_between_them() -> None:
 
 
 @pytest.mark.parametrize(
-    "where", [{"size": 3}, {"size": 1024}, {"table": 8}, {"table": SIZE - 64}, {"used": SIZE}, {"available": 1 << 40}]
+    "where", [{"size": 3}, {"size": 2048}, {"table": 8}, {"table": SIZE - 64}, {"used": SIZE}, {"available": 1 << 40}]
 )
 def test_a_ring_that_cannot_be_is_refused(process: FsProcess, front_end: FrontEnd, where: dict[str, int]) -> None:
     assert front_end.share() == 0
