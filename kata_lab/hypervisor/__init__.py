@@ -3,6 +3,7 @@
 =========  =========================================================================================
 fused      the VMM in the runtime's process, its actions as function calls (:mod:`.fused`)
 rpc        runtime, VMM and file system in a process each, with sockets between them (:mod:`.rpc`)
+qemu       QEMU as the VMM, driven over QMP, and the file system process (:mod:`.qemu`)
 =========  =========================================================================================
 """
 
@@ -15,7 +16,7 @@ from kata_lab.hypervisor.base import Hypervisor, HypervisorConfig, HypervisorErr
 
 __all__ = ["HYPERVISORS", "Hypervisor", "HypervisorConfig", "HypervisorError", "make_hypervisor"]
 
-HYPERVISORS: Final = {"fused": "FusedHypervisor", "rpc": "RpcHypervisor"}
+HYPERVISORS: Final = {"fused": "FusedHypervisor", "rpc": "RpcHypervisor", "qemu": "QemuHypervisor"}
 """Names that a configuration may give, and the class of each."""
 
 

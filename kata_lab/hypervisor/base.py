@@ -10,7 +10,7 @@ import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from kata_lab.errors import KataLabError
 from vmm.config import DeviceConfig
@@ -50,9 +50,15 @@ class HypervisorConfig:
 
 
 class Hypervisor(abc.ABC):
-    """A VMM that runs one VM."""
+    """A VMM that runs one VM.
+
+    Attributes:
+        name: of the arrangement.
+        disk_format: of the disk for what containers write, as :class:`~vmm.config.BlockConfig` has it.
+    """
 
     name: str
+    disk_format: ClassVar[str] = "overlay"
 
     @abc.abstractmethod
     async def load(self) -> None:

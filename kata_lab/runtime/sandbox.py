@@ -27,7 +27,7 @@ from kata_lab.errors import KataLabError
 from kata_lab.hypervisor import Hypervisor, HypervisorConfig, make_hypervisor
 from kata_lab.resource.network import network_behind_passt
 from kata_lab.resource.rootfs import BlockRoot, DirectoryRoot, LayeredRoot, RootFs
-from kata_lab.resource.scratch import SERIAL, make_scratch
+from kata_lab.resource.scratch import SERIAL, make_raw_scratch, make_scratch
 from kata_lab.resource.sizing import SandboxSize
 from kata_lab.runtime.capacity import Capacity
 from kata_lab.runtime.completion import completed, ended
@@ -251,10 +251,11 @@ class Sandbox:
         devices: list[DeviceConfig] = [
             VsockConfig(name="agent", socket=self.directory / "vsock"),
             FsConfig(name="shared", tag="kataShared", cache="auto"),
-            BlockConfig(name="scratch", path=scratch, format="overlay", serial=SERIAL),
+            BlockConfig(name="scratch", path=scratch, format=self.hypervisor.disk_format, serial=SERIAL),
             EntropyConfig(name="entropy"),
         ]
-        await completed(asyncio.to_thread(make_scratch, scratch, self.config.scratch is not None))
+        make = make_raw_scratch if self.hypervisor.disk_format == "raw" else make_scratch
+        await completed(asyncio.to_thread(make, scratch, self.config.scratch is not None))
         for reference in self.config.images:
             devices.append(await asyncio.to_thread(self._prepare_disk, reference))
         if self.config.network is not None:

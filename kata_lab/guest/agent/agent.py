@@ -1,4 +1,7 @@
-"""The agent: it serves Kata's agent API on vsock port 1024 and carries it out in this guest; log lines are on 1025."""
+"""The agent: it serves Kata's agent API on port 1024 and carries it out in this guest; log lines are on port 1025.
+
+Ports are those of vsock, or in a guest without it those of a virtio console (``ports.py``).
+"""
 
 import asyncio
 
@@ -26,7 +29,7 @@ async def serve_log(sandbox):
         except OSError:
             connection.close()
 
-    listener = await streams.listen_vsock(LOG_PORT)
+    listener = await streams.listen(LOG_PORT)
     while True:
         asyncio.create_task(tell(await listener.accept()))
 

@@ -1,9 +1,9 @@
-"""The debug console: a shell on a terminal for whoever connects to vsock port 1026."""
+"""The debug console: a shell on a terminal for whoever connects to port 1026."""
 
 import asyncio
 
 import linux
-from streams import Stream, listen_vsock
+from streams import Stream, listen
 
 PORT = 1026
 _SHELL = ["/bin/sh", "-i"]
@@ -23,7 +23,7 @@ async def _carry(source, target):
 
 
 async def serve(sandbox):
-    listener = await listen_vsock(PORT)
+    listener = await listen(PORT)
     while True:
         connection = await listener.accept()
         ours, theirs = linux.open_terminal()

@@ -41,6 +41,7 @@ _SYS_CLONE, _SYS_CLOSE_RANGE = 220, 436
 _CLONE_NEWPID = 0x20000000
 _WNOHANG = 1
 _IN_MODIFY = 2
+_EPOLL_CTL_ADD, _EPOLL_CTL_MOD, _EPOLLOUT, _EPOLLET = 1, 3, 4, 1 << 31
 _MSG_CMSG_CLOEXEC = 0x40000000
 _O_NOCTTY = 0o400
 
@@ -91,6 +92,9 @@ _signalfd = _rare("i", "signalfd", "ipi")
 _inotify_init1 = _rare("i", "inotify_init1", "i")
 _inotify_add_watch = _rare("i", "inotify_add_watch", "isI")
 _inotify_rm_watch = _rare("i", "inotify_rm_watch", "ii")
+_epoll_create1 = _rare("i", "epoll_create1", "i")
+_epoll_ctl = _rare("i", "epoll_ctl", "iiip")
+_epoll_wait = _rare("i", "epoll_wait", "ipii")
 _recvmsg = _rare("l", "recvmsg", "ipi")
 _socket = _rare("i", "socket", "iii")
 _bind = _rare("i", "bind", "ipI")
@@ -412,6 +416,25 @@ def accept(listener):
     return descriptor
 
 
+def watch_edges(descriptor):
+    """A descriptor that can be read when another one becomes writable, or hangs up (epoll(7), edge-triggered)."""
+    watch = checked(_epoll_create1(O_CLOEXEC), "making an epoll")
+    _epoll_event[0] = _EPOLLET | _EPOLLOUT
+    checked(_epoll_ctl(watch, _EPOLL_CTL_ADD, descriptor, _epoll_event), "watching a descriptor")
+    return watch
+
+
+def watch_hang_up(watch, descriptor):
+    """From now on ``watch`` tells only that the other one hangs up."""
+    _epoll_event[0] = _EPOLLET
+    checked(_epoll_ctl(watch, _EPOLL_CTL_MOD, descriptor, _epoll_event), "watching a descriptor")
+
+
+def next_edge(watch):
+    """The events of which nobody was told yet, as poll(2) has them; 0 for none."""
+    return _epoll_event[0] if checked(_epoll_wait(watch, _epoll_event, 1, 0), "reading an epoll") else 0
+
+
 def socket_pair():
     """Two sockets that are connected, closed in other programs."""
     ends = array.array("i", [0, 0])
@@ -510,4 +533,5 @@ def _remove_within(path, device):
 
 
 _word = array.array("i", [0])
+_epoll_event = array.array("I", [0, 0, 0, 0])  # struct epoll_event, whose first word are the events
 null = open_file("/dev/null", O_RDWR)

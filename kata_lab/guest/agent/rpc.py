@@ -8,7 +8,7 @@ import sys
 
 import linux
 from interface import MESSAGES, METHODS
-from streams import listen_vsock
+from streams import listen
 from wire import WireError, decode, encode
 
 OK, CANCELLED, UNKNOWN, INVALID_ARGUMENT, DEADLINE_EXCEEDED, NOT_FOUND, ALREADY_EXISTS = range(7)
@@ -218,7 +218,7 @@ async def _within(nanoseconds, waiting):
 
 
 async def serve(port, handlers):
-    """Serve every connection to a vsock port of this guest."""
-    listener = await listen_vsock(port)
+    """Serve every connection to a port of this guest."""
+    listener = await listen(port)
     while True:
         asyncio.create_task(Connection(await listener.accept(), handlers).serve())

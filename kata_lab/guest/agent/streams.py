@@ -152,15 +152,25 @@ class Listener(Stream):
                 raise OSError(linux.EPIPE, "a listener that was closed")
 
 
-async def listen_vsock(port):
-    """A listener on a vsock port of this guest, once the guest has vsock: its driver comes with the device."""
+async def listen(port):
+    """A listener on a vsock port of this guest, or on a virtio port in its place, once there is one of them.
+
+    Their drivers come with the devices.
+    """
+    pause = 0.02
     while True:
         try:
             return Listener(linux.listen_vsock(port))
         except OSError as error:
             if error.args[0] != linux.EAFNOSUPPORT:
                 raise
-        await asyncio.sleep(1)
+        import ports
+
+        listener = ports.find(port)
+        if listener is not None:
+            return listener
+        await asyncio.sleep(pause)
+        pause = min(2 * pause, 1)
 
 
 class FileWatch:
