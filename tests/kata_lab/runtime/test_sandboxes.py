@@ -6,9 +6,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
-import os
 import re
-import threading
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -20,7 +18,7 @@ from kata_lab.oci.layered import LayeredTree
 from kata_lab.runtime import Container, Process, Sandbox, SandboxState
 from kata_lab.runtime.logs import log_as_json
 from kata_lab.runtime.metrics import sandbox_metrics
-from kata_lab.runtime.state import StateDirectory, sandboxes_directory
+from kata_lab.runtime.state import StateDirectory
 from kata_lab.ttrpc import RpcError
 from tests.kata_lab.runtime.conftest import Loop
 from vmm.actions import ShutdownMicroVm
@@ -93,28 +91,6 @@ def test_four_at_once_end_in_four_ways_and_say_why(loop: Loop) -> None:
         assert expected in reason
         assert state is SandboxState.STOPPED
         assert all(isinstance(each, RpcError) and reason in str(each) for each in outcomes), (reason, outcomes)
-
-
-def test_three_lives_leave_no_thread_descriptor_or_file(loop: Loop) -> None:
-    async def life() -> None:
-        async with Sandbox.create(memory_mib=128) as sandbox:
-            assert (await sandbox.run(["echo", "hello"])).output == "hello\n"
-
-    async def tasks() -> int:
-        await asyncio.sleep(0.05)
-        return len(asyncio.all_tasks())
-
-    def held() -> tuple[int, list[str], int, set[str]]:
-        threads = {each.name for each in threading.enumerate() if not each.name.startswith("asyncio_")}
-        return len(os.listdir("/proc/self/fd")), os.listdir(sandboxes_directory()), loop(tasks()), threads
-
-    loop(life())
-    before = held()
-
-    for _ in range(2):
-        loop(life())
-
-    assert held() == before
 
 
 @pytest.mark.parametrize("rootfs", ["fs", "block"])
