@@ -14,6 +14,7 @@ from typing import NoReturn
 
 from kata_lab.commands.container import add_commands as add_container_commands
 from kata_lab.commands.image import add_arguments as add_image_arguments
+from kata_lab.commands.lab import add_arguments as add_lab_arguments
 from kata_lab.errors import KataLabError
 
 FAILED = 1
@@ -117,6 +118,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     add_container_commands(commands, _Parser)
 
+    add_lab_arguments(commands.add_parser("lab", help="the course: notebooks, exercises, your score"), _Parser)
+
     bench = commands.add_parser("bench", help="measure, side by side with qemu-system-riscv64, or two images")
     kinds = bench.add_subparsers(title="benchmarks", dest="kind", required=True, parser_class=_Parser)
     for kind, told in (
@@ -125,6 +128,7 @@ def build_parser() -> argparse.ArgumentParser:
         ("image", "the lifsea image against the debian image: packages, size, boot to services"),
         ("io", "disk, network, shared directory and sockets of a guest"),
         ("run", "a container from nothing, with the parts of its start; one in a running sandbox; exec; memory"),
+        ("fused", "runtime and VMM in one process, in processes of their own, and QEMU"),
         ("hotplug", "vCPUs, memory, disk and shared directory by upcall, against QEMU's ACPI and PCI"),
     ):
         each = kinds.add_parser(kind, help=told, allow_abbrev=False)
@@ -209,8 +213,10 @@ def _boot(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    from kata_lab.bench.command import run_boot, run_compute, run_hotplug, run_image, run_io, run_run
+    from kata_lab.bench.command import run_boot, run_compute, run_fused, run_hotplug, run_image, run_io, run_run
 
+    if options.kind == "fused":
+        return run_fused(options.runs, options.json)
     if options.kind == "hotplug":
         return run_hotplug(options.runs, options.json)
     if options.kind == "run":

@@ -1,4 +1,4 @@
-"""Where Kata Lab keeps its files: a cache that may be deleted at any time, and the state of what runs now.
+"""Where Kata Lab keeps its files: a cache that may be deleted at any time, the state of what runs now, and records.
 
 ========================  ===========================================  ==============================
 directory                 place                                        with ``KATA_LAB_HOME`` set
@@ -6,6 +6,8 @@ directory                 place                                        with ``KA
 cache (images, packages)  ``$XDG_CACHE_HOME/kata-lab``                 ``$KATA_LAB_HOME/cache``
 state (running sandboxes) ``$XDG_RUNTIME_DIR/kata-lab``, else a        ``$KATA_LAB_HOME/state``
                           private one under the temporary directory
+records (of a learner)    ``$XDG_STATE_HOME/kata-lab``, else           ``$KATA_LAB_HOME/records``
+                          ``~/.local/state/kata-lab``
 ========================  ===========================================  ==============================
 
 Follows the XDG Base Directory Specification 0.8: a relative path in one of its variables is ignored.
@@ -28,13 +30,27 @@ def cache_directory() -> Path:
     Raises:
         KataLabError: it cannot be created or written to.
     """
+    return _kept("cache", "XDG_CACHE_HOME", ".cache")
+
+
+def records_directory() -> Path:
+    """The directory of what outlives a restart of the machine: a learner's score. Created if need be.
+
+    Raises:
+        KataLabError: it cannot be created or written to.
+    """
+    return _kept("records", "XDG_STATE_HOME", ".local/state")
+
+
+def _kept(name: str, variable: str, default: str) -> Path:
+    """A directory that stays, beneath the home directory unless the environment says otherwise."""
     home = _home()
     if home is not None:
-        return _made(home / "cache")
-    base = _absolute("XDG_CACHE_HOME")
+        return _made(home / name)
+    base = _absolute(variable)
     if base is None:
         try:
-            base = Path.home() / ".cache"
+            base = Path.home() / default
         except RuntimeError as error:
             raise KataLabError(f"this user has no home directory: set {HOME_VARIABLE} to a directory to use") from error
     return _made(base / "kata-lab")

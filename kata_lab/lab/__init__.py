@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from kata_lab.lab.picture import Picture, Table
     from kata_lab.lab.queue_view import QueueView
     from kata_lab.lab.registers import code_table, register_table, step_table, take_steps
+    from kata_lab.lab.score import Score, hint
     from kata_lab.lab.slot_probe import SlotProbe, Stopped, traced
     from kata_lab.lab.tree import draw_tree
     from kata_lab.lab.virtqueue_view import draw_queue, hex_table, walk_table
@@ -67,6 +68,7 @@ _HOMES = {
     "picture": ("Picture", "Table"),
     "queue_view": ("QueueView",),
     "registers": ("code_table", "register_table", "step_table", "take_steps"),
+    "score": ("Score", "hint"),
     "slot_probe": ("SlotProbe", "Stopped", "traced"),
     "tree": ("draw_tree",),
     "virtqueue_view": ("draw_queue", "hex_table", "walk_table"),
@@ -82,6 +84,7 @@ __all__ = [
     "Outcome",
     "Picture",
     "QueueView",
+    "Score",
     "SlotProbe",
     "Steps",
     "Stopped",
@@ -106,6 +109,7 @@ __all__ = [
     "field_table",
     "frame_table",
     "hex_table",
+    "hint",
     "hotplug_timeline",
     "image_table",
     "latency_chart",

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from kata_lab.errors import KataLabError
-from kata_lab.lab.exercise import Feedback, not_right, not_yet, solved
+from kata_lab.lab.exercise import Feedback, checks, not_right, not_yet, solved
 from kata_lab.oci import SpecError, check_spec
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ echo limit $(cat /sys/fs/cgroup/memory.max)
 """
 
 
+@checks("04-configuration")
 async def check_configuration(
     mine: Mapping[str, Any], original: Mapping[str, Any], image: ImageHandle, sandbox: Sandbox
 ) -> Feedback:
@@ -97,6 +98,7 @@ def _judged(told: Mapping[str, str]) -> Feedback:
     return solved("user, root, tmpfs and limit are as asked, seen from within the container.")
 
 
+@checks("04-pod")
 async def check_pod(sandbox: Sandbox, writer: Container | None, reader: Container | None, place: Path) -> Feedback:
     """Whether two containers share a volume as exercise 2 asks for; they are looked into, and the writer is paused.
 

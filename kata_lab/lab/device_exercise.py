@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from kata_lab.lab.exercise import Feedback, not_right, not_yet, solved
+from kata_lab.lab.exercise import Feedback, checks, not_right, not_yet, solved
 from kata_lab.lab.hand_driver import HandDriver
 from kata_lab.lab.machines import LabError
 from kata_lab.lab.slot_probe import SlotProbe
@@ -129,6 +129,7 @@ def _understand(captured: Capture) -> _Truth:
     return _Truth(head, KINDS[kind], sector, data[0][0], sum(length for _, length, _ in data))
 
 
+@checks("03-read-a-request")
 def check_reading(
     captured: Capture, kind: str | None, sector: int | None, data_bytes: int | None, data_address: int | None
 ) -> Feedback:
@@ -174,6 +175,7 @@ def check_reading(
 # The device.
 
 
+@checks("03-counting")
 def check_counting(device: Any, image: str = "toolbox", boot: bool = True) -> Feedback:
     """Whether a class is an entropy source that counts: every byte is one more than the byte before it, modulo 256,
     beginning with 0, over all parts of all buffers.

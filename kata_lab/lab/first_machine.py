@@ -11,12 +11,13 @@ import string
 from typing import Final
 
 from kata_lab.lab.bare import Outcome, run_bare
-from kata_lab.lab.exercise import Feedback, not_right, not_yet, solved
+from kata_lab.lab.exercise import Feedback, checks, not_right, not_yet, solved
 
 _BUDGET: Final = 400_000
 _BORDERS: Final = "@[`{ azAZ"
 
 
+@checks("01-read-a-loop")
 def check_count(answer: int | None, program: bytes, budget: int = 1_000_000) -> Feedback:
     """Whether ``answer`` is the number of instructions that ``program`` retires before it makes its SBI call."""
     if answer is None:
@@ -33,6 +34,7 @@ def check_count(answer: int | None, program: bytes, budget: int = 1_000_000) -> 
     return not_right(f"the hart retired {direction} than {answer:,} instructions: {hint}")
 
 
+@checks("01-upper-case")
 def check_upper_case(source: str, seed: int | None = None) -> Feedback:
     """Whether an assembly program echoes a typed line in upper case through the UART, and then shuts down.
 

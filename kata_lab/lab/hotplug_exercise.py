@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from kata_lab.errors import KataLabError
-from kata_lab.lab.exercise import Feedback, not_right, not_yet, solved
+from kata_lab.lab.exercise import Feedback, checks, not_right, not_yet, solved
 from kata_lab.shell import GuestShell
 
 if TYPE_CHECKING:
@@ -97,6 +97,7 @@ def _told(vm: MicroVm, command: str) -> str:
         return shell.run(command, check=True).output.strip()
 
 
+@checks("05-half-way")
 async def check_half_way(attempt: Attempt | None, explanation: Mapping[str, Any], sandbox: Sandbox) -> Feedback:
     """Whether a resize failed half-way, and the learner knows what is so since.
 

@@ -9,7 +9,7 @@ from collections.abc import Collection
 from typing import TYPE_CHECKING, Final
 
 from kata_lab.image.boot import EXIT_STATUS, append_running
-from kata_lab.lab.exercise import Feedback, not_right, not_yet, solved
+from kata_lab.lab.exercise import Feedback, checks, not_right, not_yet, solved
 from vmm.actions import EndKind
 from vmm.config import VmConfig
 from vmm.microvm import MicroVm
@@ -37,6 +37,7 @@ _PROBLEMS: Final = {
 }
 
 
+@checks("02-own-guest")
 def check_edit(image: Image, original: Image) -> Feedback:
     """Whether an image has the service that was asked for and lacks the package; it is booted.
 
@@ -73,6 +74,7 @@ def check_edit(image: Image, original: Image) -> Feedback:
     return solved("the guest is smaller, the beacon is up, and it comes back when it is killed.")
 
 
+@checks("02-explain")
 def check_explanation(gone: Collection[str] | None, reason: str | None, image: Image, original: Image) -> Feedback:
     """Whether the packages that left with the removed one are named, and why another one stayed."""
     if not gone or reason is None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from kata_lab.errors import KataLabError
-from kata_lab.paths import cache_directory, state_directory
+from kata_lab.paths import cache_directory, records_directory, state_directory
 
 
 @pytest.fixture(autouse=True)
@@ -62,3 +62,13 @@ def test_unusable_home_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     monkeypatch.setenv("KATA_LAB_HOME", "relative")
     with pytest.raises(KataLabError, match="KATA_LAB_HOME is 'relative': it must be an absolute path"):
         cache_directory()
+
+
+def test_records_outlive_a_restart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "run"))
+
+    assert records_directory() == tmp_path / "user/.local/state/kata-lab"
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "xdg"))
+    assert records_directory() == tmp_path / "xdg/kata-lab"
+    monkeypatch.setenv("KATA_LAB_HOME", str(tmp_path / "lab"))
+    assert records_directory() == tmp_path / "lab/records"
