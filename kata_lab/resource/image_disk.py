@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from kata_lab.oci import ImageHandle
 
 BLOCK: Final = 4096
+_SPECIAL: Final = {stat.S_IFCHR: "c", stat.S_IFBLK: "b", stat.S_IFIFO: "p"}  #: as debugfs' mknod has them
 INODE_ROOM: Final = 512  #: bytes for an inode and its share of the tables
 
 
@@ -76,13 +77,16 @@ def _dress(disk: Path, root: Path, found: list[tuple[str, os.stat_result]], scri
         fields = [f"uid {attributes.uid}", f"gid {attributes.gid}"]
         if not stat.S_ISLNK(info.st_mode):
             fields.append(f"mode 0{attributes.mode:o}")
+        if kind := _SPECIAL.get(stat.S_IFMT(attributes.mode)):
+            # On the host it is an empty file, and so its name in the directory says; it is made anew.
+            parent, _, last = name.rpartition("/")
+            lines += [f'rm "{name}"', f'cd "{parent or "/"}"', f'mknod "{last}" {kind} {"" if kind == "p" else "0 0"}']
+            # debugfs takes no minor number above 65535; an inode has the number where a file has its extents.
+            major, minor = os.major(attributes.device), os.minor(attributes.device)
+            fields.append(f"block[1] {major << 8 | minor & 0xFF | minor >> 8 << 20}")
+        else:
+            lines.append(f'ea_rm "{name}" {OVERRIDE}')
         lines += [f'sif "{name}" {each}' for each in fields]
-        if stat.S_ISCHR(attributes.mode) or stat.S_ISBLK(attributes.mode):
-            # On the host it is an empty file; an inode of a device has its number where a file has its extents.
-            number = os.major(attributes.device) << 8 | os.minor(attributes.device) & 0xFF
-            numbers = (0, number | os.minor(attributes.device) >> 8 << 20, 0, 0, 0)
-            lines += [f'sif "{name}" flags 0', *(f'sif "{name}" block[{at}] {each}' for at, each in enumerate(numbers))]
-        lines.append(f'ea_rm "{name}" {OVERRIDE}')
     script.write_text("\n".join(lines) + "\n")
     disk.chmod(0o600)
     run_tool("debugfs", "-w", "-f", os.fspath(script), os.fspath(disk))
