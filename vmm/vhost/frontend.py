@@ -293,8 +293,12 @@ class VhostFsDevice(SharedDirectory):
             return
         self.failure = why
         link, self._link = self._link, None
-        # On any thread, but a loop's readers are changed on its own.
-        self.host.loop.call_soon_threadsafe(self._hang_up, link)
+        try:
+            # On any thread, but a loop's readers are changed on its own.
+            self.host.loop.call_soon_threadsafe(self._hang_up, link)
+        except RuntimeError:  # the loop has ended, and watches nothing any more
+            if link is not None:
+                link.channel.close()
         for queue, forwarded in zip(self.queues, self._forwarded, strict=True):
             forwarded.running = False
             for chain in forwarded.ring.chains:
