@@ -17,7 +17,7 @@ from pathlib import Path
 
 COMMAND = (sys.executable, "-m", "kata_lab")
 REPOSITORY = Path(__file__).resolve().parents[2]
-SECONDS = 120.0
+SECONDS = 200.0
 
 
 def environment(**changes: str) -> dict[str, str]:

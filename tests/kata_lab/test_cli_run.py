@@ -175,6 +175,16 @@ def test_container_joins_with_a_root_that_cannot_be_written_and_a_limit(web: str
     assert dropped.stdout.split()[1] == b"0000000000000000"
 
 
+def test_container_that_shares_a_sandbox_keeps_what_it_wrote_until_it_is_removed(web: str) -> None:
+    run = ("run", "--name", "guest", "--pod", web, "busybox", "sh", "-c", "cat /written; echo before >> /written")
+
+    assert kata_lab(*run).stdout == b""
+    assert said("start", "-a", "guest") == "before\n"
+    said("rm", "guest")
+    assert kata_lab(*run).stdout == b""
+    said("rm", "guest")
+
+
 def test_container_that_takes_too_much_memory_is_killed_and_that_is_told(web: str) -> None:
     command = ("head -c 100000000 /dev/zero | tail -c 100000000 | wc -c",)
     done = kata_lab("run", "--name", "greedy", "--pod", web, "-m", "16m", "busybox", "sh", "-c", *command)
