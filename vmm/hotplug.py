@@ -27,6 +27,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import errno
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
@@ -40,7 +41,7 @@ from vmm.config import MIB, BalloonConfig, DeviceConfig, VmConfig, VsockConfig
 from vmm.errors import ConfigError, StateError, VmmError
 from vmm.machine import Machine
 from vmm.sbi import HartState
-from vmm.upcall import PORT, UpcallClient, UpcallLost, UpcallRefused
+from vmm.upcall import PORT, UpcallClient, UpcallLost, UpcallRefused, UpcallUnavailable
 
 if TYPE_CHECKING:
     from vmm.devices.virtio.balloon import BalloonDevice
@@ -363,9 +364,7 @@ class Hotplug:
                 await self._drop_cpus(before, wanted)
         except VmmError as error:
             undone = await self._undo("vCPUs", partial(self._restore_cpus, before, wanted, ran, error))
-            now = before if "vCPUs" in self._undoing else len(machine.vcpus)
-            if now != before:  # what the guest does not give back
-                self._keep(self._config().replace(vcpus=now, max_vcpus=most))
+            now = self._config().vcpus
             if now == wanted:
                 return actions.VcpusResized(wanted)
             raise HotplugError(f"the VM has {now} vCPUs and not {wanted}: {error}{undone}") from error
@@ -418,14 +417,21 @@ class Hotplug:
         while len(machine.vcpus) < before:
             machine.plug_vcpu()
         if not await self._until(lambda: self._trim(before), LAG_SECONDS):
-            try:
-                await self._guest().del_cpu(sum(map(self._runs, range(before, len(machine.vcpus)))))
-            except UpcallRefused:
-                return  # it has them, and keeps them
-            await self._until(lambda: self._trim(before), HART_SECONDS)
+            extra = sum(map(self._runs, range(before, len(machine.vcpus))))
+            with contextlib.suppress(UpcallRefused):  # what it keeps, it has
+                if extra:
+                    await self._guest().del_cpu(extra)
+                await self._until(lambda: self._trim(before), HART_SECONDS)
         if missing := [hart for hart in ran if not self._runs(hart)]:
-            await self._guest().add_cpu(len(missing))
-            await self._started(missing)
+            try:
+                await self._guest().add_cpu(len(missing))
+                await self._started(missing)
+            except (UpcallRefused, HotplugError):
+                if self._refusal:
+                    raise
+                self._trim(wanted)  # what it does not take back has gone
+        if (now := len(machine.vcpus)) != before:
+            self._keep(self._config().replace(vcpus=now, max_vcpus=len(machine.engine.harts)))
 
     # Memory.
 
@@ -506,8 +512,10 @@ class Hotplug:
     def _any(self, action: VmmAction[Any], name: str) -> VirtioDevice:
         """The device of that name; ConfigError if there is none."""
         device = self._machine.devices.get(name)
-        if device is None or name in self._undoing:
+        if device is None:
             raise _unknown(action, self._machine.devices)
+        if name in self._undoing:
+            raise HotplugError(f"{name} can change when the guest has undone what failed earlier; try again")
         return device
 
     def _find(self, action: VmmAction[Any], name: str, kind: type[AnswerT]) -> AnswerT:
@@ -533,7 +541,10 @@ class Hotplug:
             raise HotplugError(f"{config.name} cannot come to a VM that runs: its guest hears of devices through one")
         amended = self._config().replace(devices=(*self._config().devices, config))
         guest = self._guest()
-        await self._clean_slots()
+        try:
+            await self._clean_slots()
+        except VmmError as error:
+            raise HotplugError(f"{config.name} was not inserted: {error}") from error
         # In a thread of its own, since a program may have to be started.
         device = await asyncio.to_thread(build_device, config)
         self._step("host side opened")
@@ -557,35 +568,42 @@ class Hotplug:
 
     async def _eject(self, name: str, device: VirtioDevice, failure: VmmError) -> str:
         """Take a device back that the guest did not take, or may have taken."""
-        if device.active and self._refusal:
+        take_back = partial(self._take_back, name, device, failure)
+        if isinstance(failure, UpcallLost) and self._refusal:
             # The driver stands still with the guest, and lets go first when it runs again.
-            return await self._undo(name, partial(self._take_back, name, failure))
-        await self._take_back(name, failure)
+            return await self._undo(name, take_back)
+        await take_back()
         return ""
 
-    async def _take_back(self, name: str, failure: VmmError) -> None:
-        device = self._machine.device(name)
+    async def _take_back(self, name: str, device: VirtioDevice, failure: VmmError) -> None:
+        number = self._machine.slot(name)
+        free = isinstance(failure, UpcallRefused) and failure.errno != errno.EEXIST and not device.active
         try:
-            async with asyncio.timeout(UNDO_SECONDS):
-                if isinstance(failure, UpcallLost) and not self._refusal:
+            if not (free or isinstance(failure, UpcallUnavailable)):
+                async with asyncio.timeout(UNDO_SECONDS / 2):
                     await self._guest().connect()
-                if device.active:
-                    await self._guest().del_mmio(*self._place(name))
+                    free = await self._let_go(number)
         except (VmmError, TimeoutError):
-            pass  # it goes all the same
-        finally:
-            if device.active:
-                self._stale.add(self._machine.slot(name))
-            self._machine.remove_device(name).close()
+            if self._refusal and name in self._undoing:
+                raise  # once the guest runs
+        # Whatever the guest says, it goes.
+        if not free and not isinstance(failure, UpcallUnavailable):
+            self._stale.add(number)
+        self._machine.remove_device(name).close()
+
+    async def _let_go(self, number: int) -> bool:
+        """Ask for a slot's driver to let go; False if it does not."""
+        try:
+            await self._guest().del_mmio(*_slot_place(number))
+        except UpcallRefused as refusal:
+            return refusal.errno == errno.ENODEV  # none has it
+        return True
 
     async def _clean_slots(self) -> None:
         """Have the guest let go of what was taken from it, so that the slots can be used again."""
         for number in list(self._stale):
-            try:
-                await self._guest().del_mmio(*_slot_place(number))
-            except UpcallRefused:
-                continue  # still in use, such as a mounted disk that is not there any more
-            self._stale.discard(number)
+            if await self._let_go(number):
+                self._stale.discard(number)
 
     async def _prepare_remove(self, action: actions.PrepareRemoveBlockDevice) -> actions.Empty:
         from vmm.devices.virtio.blk import BlockDevice
@@ -614,6 +632,8 @@ class Hotplug:
             if device.active:
                 raise HotplugError("the guest says that it has given the device up, but its driver runs it")
         except VmmError as error:
+            if isinstance(error, UpcallRefused) and error.errno == errno.ENODEV and not device.active:
+                return  # the guest has not got it
             undone = ""
             if was_active and isinstance(error, UpcallLost):
                 undone = await self._undo(device.name, partial(self._give_again, device))
@@ -624,7 +644,8 @@ class Hotplug:
     async def _give_again(self, device: VirtioDevice) -> None:
         await self._guest().connect()
         if not device.active:
-            await self._guest().add_mmio(*self._place(device.name))
+            with contextlib.suppress(UpcallRefused):  # it stays without a driver, and can be removed
+                await self._guest().add_mmio(*self._place(device.name))
 
     # What changes a device, of which the guest hears by interrupt.
 
