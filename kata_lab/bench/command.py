@@ -9,6 +9,8 @@ from typing import Any
 
 from kata_lab.bench.boot import BootFigures, measure_boot
 from kata_lab.bench.compute import ComputeFigures, measure_compute
+from kata_lab.bench.fused import PARTS as START_PARTS
+from kata_lab.bench.fused import ROUNDS, FusedFigures, measure_fused
 from kata_lab.bench.hotplug import HotplugFigures, measure_hotplug
 from kata_lab.bench.image import ImageFigures, measure_images
 from kata_lab.bench.io import IoFigures, measure_io
@@ -28,6 +30,13 @@ def run_compute(runs: int, as_json: bool, size: float) -> int:
     """``kata-lab bench compute``; the exit status."""
     figures = measure_compute(runs, size)
     print(_json(figures) if as_json else compute_table(figures))
+    return 0
+
+
+def run_fused(runs: int, as_json: bool) -> int:
+    """``kata-lab bench fused``; the exit status."""
+    figures = measure_fused(runs)
+    print(_dumped(figures.plain()) if as_json else fused_table(figures))
     return 0
 
 
@@ -93,6 +102,42 @@ def compute_table(figures: ComputeFigures) -> str:
         ("memory (PSS), MiB", _mib(figures.pss_bytes), ""),
     ]
     return _table(rows, figures.runs, figures.versions)
+
+
+def fused_table(figures: FusedFigures) -> str:
+    """For a person."""
+    sides = list(figures.arrangements.values())
+    rows: list[tuple[str, ...]] = [("", *figures.arrangements, "rpc/fused")]
+
+    def add(name: str, values: list[float | None], form: str, ratio: float | None = None) -> None:
+        told = ("" if value is None else format(value, form) for value in values)
+        rows.append((name, *told, "" if ratio is None else f"{ratio:.2g}"))
+
+    for field, name, form in _FUSED_ROWS:
+        add(name, [getattr(side, field) for side in sides], form, figures.ratio.get(field))
+        if field == "start_s":
+            for part in START_PARTS:
+                add(f"  {part}", [side.start_parts[part] for side in sides], form)
+        elif field == "pss_mb":
+            for part in sides[0].pss_parts["kind"]:
+                add(f"  {part}", [side.pss_parts["kind"][part] for side in sides], form)
+    for action in ROUNDS:
+        found = [side.action_us.get(action) for side in sides]
+        medians = [None if each is None else each.median for each in found]
+        add(f"{action}, µs", medians, ".0f", figures.ratio["action"].get(action))
+        add("  99th percentile", [None if each is None else each.p99 for each in found], ".0f")
+        add("  context switches", [side.context_switches_per_action.get(action) for side in sides], ".1f")
+        add("  system calls", [side.system_calls_per_action.get(action) for side in sides], ".1f")
+    for part in dict.fromkeys(name for side in sides for name in side.notice_ms):
+        add(f"{part} killed, noticed after, ms", [side.notice_ms.get(part) for side in sides], ".0f")
+        add("  all cleared after, ms", [side.cleanup_ms.get(part) for side in sides], ".0f")
+    width = max(len(row[0]) for row in rows)
+    lines = [(f"{name:{width}}" + "".join(f"  {each:>9}" for each in told)).rstrip() for name, *told in rows]
+    lines += [f"{name}: {limit}" for name, limit in figures.limits.items()]
+    floor = ", ".join(f"{name} {took:.0f}" for name, took in figures.floor_us.items())
+    lines.append(f"a message of one byte and its answer, µs: {floor}")
+    lines.append(_medians(figures.runs, figures.versions))
+    return "\n".join(lines)
 
 
 def hotplug_table(figures: HotplugFigures) -> str:
@@ -166,6 +211,15 @@ def run_table(figures: RunFigures) -> str:
     return "\n".join(lines)
 
 
+_FUSED_ROWS = (
+    ("processes", "processes", "d"),
+    ("threads", "threads", "d"),
+    ("pss_mb", "memory (PSS), MB", ".0f"),
+    ("start_s", "exec to sandbox ready, s", ".2f"),
+    ("starts_per_s", "starts a second, several at once", ".2f"),
+    ("cpu_s", "  CPU of each, s", ".2f"),
+)
+
 _RUN_PARTS = {
     "command": "command",
     "process": "process",
@@ -231,7 +285,11 @@ def _told(versions: dict[str, str]) -> list[str]:
 
 
 def _json(figures: BootFigures | ComputeFigures | HotplugFigures | ImageFigures | IoFigures | RunFigures) -> str:
-    return json.dumps(_rounded(asdict(figures)), indent=1)
+    return _dumped(asdict(figures))
+
+
+def _dumped(figures: dict[str, Any]) -> str:
+    return json.dumps(_rounded(figures), indent=1)
 
 
 def _rounded(value: Any) -> Any:
