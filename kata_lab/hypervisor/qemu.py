@@ -12,11 +12,10 @@ Either process that dies ends the VM; both end with this one. What a guest has h
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import os
-import shutil
 import socket
-import tempfile
 import time
 import weakref
 from collections.abc import Callable
@@ -30,7 +29,7 @@ from kata_lab.hypervisor.base import Hypervisor, HypervisorConfig, HypervisorErr
 from kata_lab.hypervisor.qemu_control import DRAIN_SECONDS, Event, QemuControl, require_library
 from kata_lab.hypervisor.qemu_process import QemuProcess, find_program
 from vmm.actions import ManipulateFsBackend
-from vmm.config import BlockConfig, DeviceConfig, FsConfig, NetworkConfig
+from vmm.config import BlockConfig, DeviceConfig, FsConfig, NetworkConfig, VsockConfig
 from vmm.console import Console
 from vmm.metrics import ProcessMemory, VcpuMetrics, VmMetrics
 from vmm.report import find_panic
@@ -92,6 +91,7 @@ class QemuHypervisor(Hypervisor):
         self._memory_mib = 0
         self._moved = asyncio.Event()
         self._end: asyncio.Future[str] | None = None
+        self._files_end: concurrent.futures.Future[str] | None = None
         self._ending: Event | None = None  # QEMU's own word of it
         self._stopped_by_us = False
         self._started_at = self._ended_at = 0.0
@@ -116,6 +116,7 @@ class QemuHypervisor(Hypervisor):
         self._making = asyncio.ensure_future(asyncio.to_thread(self._make, config))
         try:
             self._made = await asyncio.shield(self._making)
+            self._files_end = self._made.files.ended if self._made.files is not None else None
             self._follow(self._follow_console(self._made.console), "console")
             await self._connect(self._made)
         except BaseException:
@@ -126,8 +127,9 @@ class QemuHypervisor(Hypervisor):
         qemu_machine.check(config)
         program = find_program(qemu_machine.PROGRAM, qemu_machine.PACKAGE)
         with told(), contextlib.ExitStack() as made:
-            directory = Path(tempfile.mkdtemp(prefix="kata-lab-qemu-"))
-            made.callback(shutil.rmtree, directory, ignore_errors=True)
+            directory = _directory(config)
+            for port in qemu_machine.AGENT_PORTS:
+                made.callback(qemu_machine.port_socket(directory, port).unlink, missing_ok=True)
             devices, files, networks = self._helpers(config, directory, made)
             control, its_control = _pair(made)
             console, its_console = _pair(made)
@@ -168,15 +170,13 @@ class QemuHypervisor(Hypervisor):
     async def _connect(self, vm: _Vm) -> None:
         """Greet QEMU, which waits with its guest."""
         ended = asyncio.wrap_future(vm.process.ended)
-        connecting = asyncio.ensure_future(QemuControl.connect(vm.control, self._noted))
         try:
-            either: set[asyncio.Future[Any]] = {ended, connecting}
-            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-            if ended.done():
-                raise HypervisorError(f"the VM cannot be made: {ended.result()}")
-            self._control = connecting.result()
-        finally:
-            await _given_up(connecting)
+            self._control = await QemuControl.connect(vm.control, self._noted)
+        except HypervisorError as error:
+            # A moment after its connection ended.
+            await asyncio.wait({ended}, timeout=DRAIN_SECONDS)
+            why = ended.result() if ended.done() else error
+            raise HypervisorError(f"the VM cannot be made: {why}") from error
         self._follow(self._follow_end(ended), "QEMU")
         for cpu in await self._control.execute("query-cpus-fast"):
             self._threads[f"vcpu-{cpu['cpu-index']}"] = int(cpu["thread-id"])
@@ -219,7 +219,10 @@ class QemuHypervisor(Hypervisor):
         await self._ask("cont")
 
     def ended(self) -> str | None:
-        return self._end.result() if self._end is not None and self._end.done() else None
+        for end in (self._end, self._files_end):
+            if end is not None and end.done():
+                return end.result()
+        return None
 
     async def cleanup(self) -> None:
         making, self._making, self._made = self._making, None, None
@@ -253,7 +256,7 @@ class QemuHypervisor(Hypervisor):
             raise HypervisorError(f"nobody listens at port {port} of the guest, or somebody is connected already")
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
-            connection.connect(os.fspath(vm.directory / f"port{port}"))
+            connection.connect(os.fspath(qemu_machine.port_socket(vm.directory, port)))
         except OSError as error:
             connection.close()
             raise HypervisorError(f"port {port} of the guest cannot be reached: {error.strerror or error}") from error
@@ -316,13 +319,16 @@ class QemuHypervisor(Hypervisor):
         raise HypervisorError(f"{_PLUGGED} virtio-mmio devices: name {device.name!r} when the sandbox is made")
 
     async def update_device(self, name: str) -> None:
-        device = qemu_machine.device_named(self._vm.config.devices, name)
+        devices = self._vm.config.devices
+        number = qemu_machine.number_of(devices, name)
+        device = devices[number]
         if not isinstance(device, BlockConfig) or device.path is None:
             raise HypervisorError(f"device {name!r} is of kind {device.KIND!r}; only a disk can have another size")
-        await self._ask("block_resize", **{"node-name": f"{qemu_machine.node(name)}b", "size": _size(device.path)})
+        node, size = qemu_machine.back_end(number), await asyncio.to_thread(_size, device.path)
+        await self._ask("block_resize", **{"node-name": node, "size": size})
 
     async def remove_device(self, name: str) -> None:
-        qemu_machine.device_named(self._vm.config.devices, name)
+        qemu_machine.number_of(self._vm.config.devices, name)
         raise HypervisorError(f"{_PLUGGED} virtio-mmio devices: {name!r} stays for as long as the guest runs")
 
     # What can be seen of it.
@@ -416,6 +422,14 @@ class QemuHypervisor(Hypervisor):
             return f"the guest's kernel panicked: {panic}"
         known = {"guest-shutdown": "the guest shut down", "guest-reset": "the guest asked for a reboot"}
         return known.get(reason, how)
+
+
+def _directory(config: HypervisorConfig) -> Path:
+    """Where sockets go: beside that of vsock, in the sandbox's own directory, which also goes if we are killed."""
+    for device in config.devices:
+        if isinstance(device, VsockConfig) and device.socket is not None:
+            return device.socket.parent
+    raise HypervisorError("the sandbox has no vsock device, in whose place QEMU's guest has ports for its agent")
 
 
 def _pair(made: contextlib.ExitStack) -> tuple[socket.socket, socket.socket]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib.util
+import logging
 import socket
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final
@@ -18,6 +19,9 @@ LONGEST_REQUEST: Final = 60.0  #: seconds that QEMU may take to answer; it is lo
 DRAIN_SECONDS: Final = 2.0  #: for the last words of a QEMU that has ended
 
 Event = Mapping[str, Any]
+
+# What the library complains of is raised, too.
+logging.getLogger("qemu.qmp").addHandler(logging.NullHandler())
 
 
 def require_library() -> None:

@@ -70,10 +70,6 @@ class Wiring:
         """What QEMU inherits."""
         return (self.control, self.console, *self.networks.values())
 
-    def port(self, number: int) -> Path:
-        """The socket of a port of the guest's console."""
-        return self.directory / f"port{number}"
-
 
 def check(config: HypervisorConfig) -> None:
     """Refuse what QEMU's machine cannot have.
@@ -124,33 +120,34 @@ def command(program: str, config: HypervisorConfig, wiring: Wiring) -> list[str]
     line += ["-chardev", f"socket,id=console,fd={wiring.console}", "-serial", "chardev:console"]
     line += ["-kernel", os.fspath(config.kernel), "-append", f"{config.cmdline} init_on_alloc=1"]
     line += ["-initrd", os.fspath(config.initrd)] if config.initrd is not None else []
-    for slot, device in enumerate(config.devices):
-        # The machine's device tree has the last slot first.
-        line += _device(device, f"virtio-mmio-bus.{SLOTS - 1 - slot}", wiring)
+    for number, device in enumerate(config.devices):
+        line += _device(device, number, wiring)
     return line
 
 
-def node(name: str) -> str:
-    """What QEMU calls the device of that name; its own names are of letters, digits and some signs."""
-    return "d" + name.encode().hex()
+def back_end(number: int) -> str:
+    """What QEMU calls the host's side of a device, by its number; our names are not all names to it."""
+    return f"back{number}"
 
 
-def _device(device: DeviceConfig, bus: str, wiring: Wiring) -> list[str]:
-    place = {"id": node(device.name), "bus": bus}
+def _device(device: DeviceConfig, number: int, wiring: Wiring) -> list[str]:
+    # The machine's device tree has the last slot first.
+    place = {"id": f"device{number}", "bus": f"virtio-mmio-bus.{SLOTS - 1 - number}"}
+    back = back_end(number)
     match device:
         case VsockConfig():
             return _ports(place, wiring)
         case VhostFsConfig():
-            return _share(device, place)
+            return _share(device, back, place)
         case BlockConfig():
-            return _disk(device, place)
+            return _disk(device, back, place)
         case NetworkConfig():
-            return _network(device, place, wiring)
+            return _network(device, back, place, wiring)
         case EntropyConfig():
-            back = {"qom-type": "rng-builtin", "id": f"{place['id']}b"}
+            source = {"qom-type": "rng-builtin", "id": back}
             limit = {"max-bytes": device.bytes_per_second, "period": 1000} if device.bytes_per_second else {}
-            front = {"driver": "virtio-rng-device", "rng": back["id"], **limit, **place}
-            return ["-object", json.dumps(back), *_front(front)]
+            front = {"driver": "virtio-rng-device", "rng": back, **limit, **place}
+            return ["-object", json.dumps(source), *_front(front)]
         case BalloonConfig():
             return _front(
                 {
@@ -170,7 +167,7 @@ def _front(device: Mapping[str, Any]) -> list[str]:
 def _ports(place: Mapping[str, str], wiring: Wiring) -> list[str]:
     line = _front({"driver": "virtio-serial-device", "max_ports": len(AGENT_PORTS) + 1, **place})
     for number in AGENT_PORTS:
-        path = os.fspath(wiring.port(number)).replace(",", ",,")
+        path = _escaped(port_socket(wiring.directory, number))
         line += ["-chardev", f"socket,id=port{number},path={path},server=on,wait=off"]
         port = {"driver": "virtserialport", "chardev": f"port{number}", "name": f"kata.agent.{number}"}
         line += _front({**port, "bus": f"{place['id']}.0", "id": port_name(number)})
@@ -182,45 +179,54 @@ def port_name(number: int) -> str:
     return f"agent{number}"
 
 
-def _share(device: VhostFsConfig, place: Mapping[str, str]) -> list[str]:
-    back = f"{place['id']}b"
-    path = os.fspath(device.socket or "").replace(",", ",,")
+def port_socket(directory: Path, number: int) -> Path:
+    """The host's end of a port."""
+    return directory / f"port{number}"
+
+
+def _escaped(path: Path) -> str:
+    """As a value in an option that is no JSON."""
+    return os.fspath(path).replace(",", ",,")
+
+
+def _share(device: VhostFsConfig, back: str, place: Mapping[str, str]) -> list[str]:
+    path = _escaped(device.socket or Path())
     front = {"driver": "vhost-user-fs-device", "chardev": back, "tag": device.tag, **place}
     return ["-chardev", f"socket,id={back},path={path}", *_front({**front, "num-request-queues": device.queues})]
 
 
-def _disk(device: BlockConfig, place: Mapping[str, str]) -> list[str]:
-    back = {
+def _disk(device: BlockConfig, back: str, place: Mapping[str, str]) -> list[str]:
+    node = {
         "driver": "raw",
-        "node-name": f"{place['id']}b",
+        "node-name": back,
         "read-only": device.read_only,
         "discard": "unmap",
         "file": {"driver": "file", "filename": os.path.abspath(os.fspath(device.path or ""))},
     }
-    front = {"driver": "virtio-blk-device", "drive": back["node-name"], "num-queues": device.queues, **place}
-    return ["-blockdev", json.dumps(back), *_front({**front, "serial": device.serial} if device.serial else front)]
+    front = {"driver": "virtio-blk-device", "drive": back, "num-queues": device.queues, **place}
+    return ["-blockdev", json.dumps(node), *_front({**front, "serial": device.serial} if device.serial else front)]
 
 
-def _network(device: NetworkConfig, place: Mapping[str, str], wiring: Wiring) -> list[str]:
-    back: dict[str, Any] = {"id": f"{place['id']}b"}
+def _network(device: NetworkConfig, back: str, place: Mapping[str, str], wiring: Wiring) -> list[str]:
+    link: dict[str, Any] = {"id": back}
     if device.backend == "tap":
-        back |= {"type": "tap", "ifname": device.tap, "script": "no", "downscript": "no"}
+        link |= {"type": "tap", "ifname": device.tap, "script": "no", "downscript": "no"}
     else:
         address = {"type": "fd", "str": str(wiring.networks[device.name])}
-        back |= {"type": "stream", "server": False, "addr": address}
+        link |= {"type": "stream", "server": False, "addr": address}
     # Locally administered, and another one for each sandbox.
     mac = device.mac or ":".join(f"{each:02x}" for each in (2, *secrets.token_bytes(5)))
-    front = {"driver": "virtio-net-device", "netdev": back["id"], "mac": mac, **place}
-    return ["-netdev", json.dumps(back), *_front({**front, "host_mtu": device.mtu} if device.mtu else front)]
+    front = {"driver": "virtio-net-device", "netdev": back, "mac": mac, **place}
+    return ["-netdev", json.dumps(link), *_front({**front, "host_mtu": device.mtu} if device.mtu else front)]
 
 
-def device_named(devices: Sequence[DeviceConfig], name: str) -> DeviceConfig:
-    """One of them.
+def number_of(devices: Sequence[DeviceConfig], name: str) -> int:
+    """The number of one of them.
 
     Raises:
         HypervisorError: there is none of that name.
     """
-    for each in devices:
-        if each.name == name:
-            return each
-    raise HypervisorError(f"the sandbox has no device {name!r}; it has {', '.join(each.name for each in devices)}")
+    names = [each.name for each in devices]
+    if name not in names:
+        raise HypervisorError(f"the sandbox has no device {name!r}; it has {', '.join(names)}")
+    return names.index(name)
