@@ -27,7 +27,7 @@ from kata_lab.hypervisor import qemu_machine
 from kata_lab.hypervisor.acting import SHARE, told
 from kata_lab.hypervisor.base import Hypervisor, HypervisorConfig, HypervisorError
 from kata_lab.hypervisor.qemu_control import DRAIN_SECONDS, Event, QemuControl, require_library
-from kata_lab.hypervisor.qemu_process import QemuProcess, find_program
+from kata_lab.hypervisor.qemu_process import SHUT_DOWN, QemuProcess, find_program
 from vmm.actions import ManipulateFsBackend
 from vmm.config import BlockConfig, DeviceConfig, FsConfig, NetworkConfig, VsockConfig
 from vmm.console import Console
@@ -44,6 +44,13 @@ STALL_SECONDS: Final = 10.0  #: without a page more or less, a change of memory 
 SHARE_SECONDS: Final = 30.0  #: that the file system process may take to add or remove a share
 _READ: Final = 1 << 16
 _PANIC_SEARCH_LINES: Final = 200
+_ENDS: Final = {
+    "guest-shutdown": SHUT_DOWN,
+    "guest-reset": "the guest asked for a reboot",
+    "host-signal": "QEMU was ended by a signal",
+    "host-qmp-quit": "QEMU was told to end",
+}
+"""What a reason (``ShutdownCause``, qapi/run-state.json) means."""
 _PLUGGED: Final = "QEMU's machine 'virt' for riscv64 has no hotplug of"
 
 
@@ -414,14 +421,14 @@ class QemuHypervisor(Hypervisor):
         self._end.set_result(self._sentence(how))
 
     def _sentence(self, how: str) -> str:
+        """Why there is no guest any more, of a QEMU that ended in the way that ``how`` says."""
         if self._stopped_by_us:
             return "the host shut the VM down"
         reason = "" if self._ending is None else self._ending["reason"]
         panic = find_panic(self._console.lines(_PANIC_SEARCH_LINES))
         if panic is not None and reason == "guest-reset":
             return f"the guest's kernel panicked: {panic}"
-        known = {"guest-shutdown": "the guest shut down", "guest-reset": "the guest asked for a reboot"}
-        return known.get(reason, how)
+        return _ENDS.get(reason, how)
 
 
 def _directory(config: HypervisorConfig) -> Path:

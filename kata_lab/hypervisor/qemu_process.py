@@ -20,6 +20,7 @@ from typing import Final
 
 from kata_lab.hypervisor.base import HypervisorError
 
+SHUT_DOWN: Final = "the guest shut down"
 _SAID: Final = 4096  # bytes of what it said last
 _ONLY_BELOW: Final = '[ "$PPID" = "$0" ] && exec "$@"'
 
@@ -74,6 +75,9 @@ class QemuProcess:
             with contextlib.suppress(ValueError):
                 return f"{name} was killed by {signal.Signals(-status).name}"
             return f"{name} was killed by signal {-status}"
+        if status == 0:
+            # The machine's power switch (hw/misc/sifive_test.c) ends the process, and QMP says nothing of it.
+            return SHUT_DOWN
         said = self.last_words()
         return f"{name} ended with status {status}" + (f": {said}" if said else "")
 
