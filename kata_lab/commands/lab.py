@@ -49,6 +49,20 @@ def add_arguments(parser: argparse.ArgumentParser, parser_class: type[argparse.A
     export = actions.add_parser("export", help="write your results for an instructor", allow_abbrev=False)
     export.add_argument("file", nargs="?", default="-", metavar="FILE", help="ends with .json or .csv (default: print)")
     export.add_argument("--name", default="", metavar="NAME", help="yours, if you want to give it")
+
+    bundle = actions.add_parser(
+        "bundle",
+        help="make one file that sets up a machine like this one without a network",
+        description=(
+            "Make one file with Kata Lab, JupyterLab, the Python packages that they need, the guests and the "
+            "notebooks. On a machine of the same kind, python3 FILE [DIRECTORY] installs it, with nothing else there."
+        ),
+        allow_abbrev=False,
+    )
+    bundle.add_argument("file", metavar="FILE", help="where to, such as kata-lab-course.pyz")
+    install = actions.add_parser("install", help="set up a directory from a bundle", allow_abbrev=False)
+    install.add_argument("bundle", metavar="BUNDLE")
+    install.add_argument("directory", nargs="?", default=None, metavar="DIRECTORY", help="default: kata-lab-course")
     parser.set_defaults(run=run)
 
 
@@ -67,6 +81,10 @@ def run(options: argparse.Namespace) -> int:
             return _check(options.notebooks, options.json)
         case "hint":
             return _hint(options.exercise)
+        case "bundle":
+            return _bundle(Path(options.file))
+        case "install":
+            return _install(Path(options.bundle), options.directory)
         case _:
             return _export(options.file, options.name)
 
@@ -189,4 +207,22 @@ def _export(file: str, name: str) -> int:
         raise KataLabError(f"{place} cannot be written ({error.strerror})") from error
     finally:
         partial.unlink(missing_ok=True)
+    return 0
+
+
+def _bundle(place: Path) -> int:
+    from kata_lab.lab.bundle import make_bundle
+
+    make_bundle(place)
+    print(f"{place}: {place.stat().st_size / 1e6:.0f} MB; elsewhere, python3 {place.name} installs it")
+    return 0
+
+
+def _install(bundle: Path, directory: str | None) -> int:
+    from kata_lab.lab.bundle import install_bundle
+    from kata_lab.lab.installer import DIRECTORY, what_next
+
+    place = Path(directory or DIRECTORY)
+    install_bundle(bundle, place)
+    print(what_next(place))
     return 0
