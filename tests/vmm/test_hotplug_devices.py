@@ -48,6 +48,7 @@ from vmm.config import MIB, BalloonConfig, BlockConfig, FsConfig, NetworkConfig,
 from vmm.devices.virtio.balloon import BalloonDevice
 from vmm.devices.virtio.mmio import EmptySlot
 from vmm.hotplug import HotplugError
+from vmm.upcall import Frame, Mmio
 
 PAGES = 256  #: in a MiB
 
@@ -298,6 +299,47 @@ def test_a_pause_ends_an_insertion_which_is_undone_when_the_vm_runs(guest: FakeG
     guest.vm.resume()
     wait_until(lambda: state(guest) == before)
     assert ask(guest, InsertBlockDevice(BlockConfig(path=disk))).slot == 1
+
+
+def test_a_slot_stays_filled_while_its_driver_stands_still_in_the_middle(guest: FakeGuest, disk: Path) -> None:
+    def half(fake: FakeGuest, request: Frame) -> bytes | None:
+        assert isinstance(request.body, Mmio)
+        fake.vm.machine.board.bus.write(request.body.base + 0x70, 4, 3)
+        return hang(fake, request)
+
+    before = state(guest)
+    guest.behaviours.append(half)
+    request = guest.vm.request(InsertBlockDevice(BlockConfig(path=disk)))
+    assert guest.asked.wait(60)
+    guest.vm.pause()
+    with pytest.raises(HotplugError, match="was sent, but not answered: the VM was paused"):
+        request.result(60)
+
+    assert status(guest, 1) == 3
+    guest.released.set()
+    guest.vm.resume()
+
+    wait_until(lambda: state(guest) == before)
+    assert [each.type.name for each in guest.requests] == ["ADD_MMIO", "DEL_MMIO"]
+
+
+def test_a_slot_that_the_guest_has_got_already_is_cleaned_before_it_is_used_again(guest: FakeGuest, disk: Path) -> None:
+    guest.behaviours.extend([refuse(errno.EEXIST), refuse(errno.EBUSY)])
+    with pytest.raises(HotplugError, match="EEXIST"):
+        ask(guest, InsertBlockDevice(BlockConfig(path=disk)))
+
+    assert ask(guest, InsertBlockDevice(BlockConfig(path=disk))).slot == 1
+    assert [each.type.name for each in guest.requests] == ["ADD_MMIO", "DEL_MMIO", "DEL_MMIO", "ADD_MMIO"]
+
+
+def test_a_device_that_the_guest_has_not_got_can_be_removed(guest: FakeGuest, disk: Path) -> None:
+    ask(guest, InsertBlockDevice(BlockConfig(path=disk)))
+    guest.vm.machine.board.bus.write(virtio_address(1) + 0x70, 4, 0)
+    guest.behaviours.append(refuse(errno.ENODEV))
+
+    ask(guest, RemoveBlockDevice("blk0"))
+
+    assert guest.vm.config.devices == ()
 
 
 @pytest.mark.parametrize("done", [False, True], ids=["not done", "done"])
