@@ -41,6 +41,18 @@ if TYPE_CHECKING:
     from kata_lab.lab.machines import Machines
     from kata_lab.lab.memory_view import address_table, draw_touched, touched_bytes
     from kata_lab.lab.picture import Picture, Table
+    from kata_lab.lab.process_views import (
+        call_path,
+        crash,
+        crash_table,
+        follow_resize,
+        latency_histograms,
+        memory_chart,
+        process_table,
+        process_tree,
+        read_processes,
+        span_table,
+    )
     from kata_lab.lab.queue_view import QueueView
     from kata_lab.lab.registers import code_table, register_table, step_table, take_steps
     from kata_lab.lab.score import Score, hint
@@ -66,6 +78,10 @@ _HOMES = {
     "machines": ("Machines",),
     "memory_view": ("address_table", "draw_touched", "touched_bytes"),
     "picture": ("Picture", "Table"),
+    "process_views": (
+        *("call_path", "crash", "crash_table", "follow_resize", "latency_histograms", "memory_chart"),
+        *("process_table", "process_tree", "read_processes", "span_table"),
+    ),
     "queue_view": ("QueueView",),
     "registers": ("code_table", "register_table", "step_table", "take_steps"),
     "score": ("Score", "hint"),
@@ -95,8 +111,11 @@ __all__ = [
     "agent_calls",
     "boot_timeline",
     "call_diagram",
+    "call_path",
     "call_table",
     "code_table",
+    "crash",
+    "crash_table",
     "difference_table",
     "draw_instruction",
     "draw_queue",
@@ -107,14 +126,20 @@ __all__ = [
     "exits_per",
     "feature_table",
     "field_table",
+    "follow_resize",
     "frame_table",
     "hex_table",
     "hint",
     "hotplug_timeline",
     "image_table",
     "latency_chart",
+    "latency_histograms",
     "layer_table",
+    "memory_chart",
     "milestone_table",
+    "process_table",
+    "process_tree",
+    "read_processes",
     "record_table",
     "register_table",
     "request_table",
@@ -123,6 +148,7 @@ __all__ = [
     "seconds_to_services",
     "size_chart",
     "slot_table",
+    "span_table",
     "step_table",
     "steps_chart",
     "take_steps",

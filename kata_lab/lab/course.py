@@ -158,6 +158,18 @@ EXERCISES: Final = (
             "reply in attempt.frames.",
         ),
     ),
+    Exercise(
+        "06-predict",
+        "06-fused-or-rpc",
+        "Predict, then measure",
+        8,
+        (
+            "For each action ask two things: how many borders does the call cross (a thread, a process, a second one), "
+            "and what is there to do once it has arrived? The borders cost much the same for all of them.",
+            "A factor is (way + work) / work of the quick one: next to no work gives a large one, work of many "
+            "milliseconds in the guest gives one near 1. Part 3 has numbers for the way.",
+        ),
+    ),
 )
 
 

@@ -43,7 +43,7 @@ def test_the_notebooks_of_the_package_are_those_of_the_repository() -> None:
 
 
 def test_every_exercise_has_a_notebook_a_check_and_hints() -> None:
-    for module in ("container", "device", "hotplug", "image"):
+    for module in ("container", "device", "fused", "hotplug", "image"):
         importlib.import_module(f"kata_lab.lab.{module}_exercise")
     importlib.import_module("kata_lab.lab.first_machine")
 
