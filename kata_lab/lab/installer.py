@@ -240,9 +240,9 @@ def _install(bundle: Bundle, directory: Path, own: Path, say: Callable[[str], ob
         _make_environment(environment, staging, bundle.files)
         python = environment / "bin" / "python"
         say("Putting the guests into the cache")
-        _run([str(python), "-m", "kata_lab.lab.bundle_content", str(staging)], "taking in the guests")
+        _run([str(python), "-P", "-m", "kata_lab.lab.bundle_content", str(staging)], "taking in the guests")
         say("Copying the notebooks")
-        _run([str(python), "-m", "kata_lab", "lab", "copy", str(directory)], "copying the notebooks")
+        _run([str(python), "-P", "-m", "kata_lab", "lab", "copy", str(directory)], "copying the notebooks")
         _set_link(directory, environment)
         undone.pop_all()
     _remove_unlinked(directory, own)
@@ -301,7 +301,10 @@ def _make_environment(environment: Path, staging: Path, files: Iterable[str]) ->
 
 
 def _run(command: Sequence[str], what: str) -> None:
-    """Run a program to its end; the user's settings of Python and pip have no say in it."""
+    """Run a program to its end; the user's settings of Python and pip have no say in it.
+
+    With ``-P``, Python does not import from where the user happens to be, such as Kata Lab's own sources.
+    """
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "PYTHON"))}
     environment["PIP_CONFIG_FILE"] = os.devnull
     with subprocess.Popen(
