@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from kata_lab.lab.registers import code_table, register_table, step_table, take_steps
     from kata_lab.lab.score import Score, hint
     from kata_lab.lab.slot_probe import SlotProbe, Stopped, traced
+    from kata_lab.lab.terminal_view import Terminal, terminal
     from kata_lab.lab.tree import draw_tree
     from kata_lab.lab.virtqueue_view import draw_queue, hex_table, walk_table
 
@@ -86,6 +87,7 @@ _HOMES = {
     "registers": ("code_table", "register_table", "step_table", "take_steps"),
     "score": ("Score", "hint"),
     "slot_probe": ("SlotProbe", "Stopped", "traced"),
+    "terminal_view": ("Terminal", "terminal"),
     "tree": ("draw_tree",),
     "virtqueue_view": ("draw_queue", "hex_table", "walk_table"),
 }
@@ -105,6 +107,7 @@ __all__ = [
     "Steps",
     "Stopped",
     "Table",
+    "Terminal",
     "Workshop",
     "access_table",
     "address_table",
@@ -152,6 +155,7 @@ __all__ = [
     "step_table",
     "steps_chart",
     "take_steps",
+    "terminal",
     "touched_bytes",
     "traced",
     "transcript",

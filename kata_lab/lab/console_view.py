@@ -25,8 +25,8 @@ _STYLE: Final = "background:#111;color:#eee;padding:8px;margin:0;overflow:auto;w
 
 def transcript(console: Console, lines: int = LINES) -> Picture:
     """The console's last ``lines`` lines as they are now."""
-    text = _plain(console.text, lines)
-    return Picture(_markup(text), text)
+    text = plain(console.text, lines)
+    return Picture(markup(text), text)
 
 
 class ConsoleView:
@@ -50,7 +50,7 @@ class ConsoleView:
     @property
     def text(self) -> str:
         """What the view shows."""
-        return _plain(self._console.text, LINES)
+        return plain(self._console.text, LINES)
 
     def send(self, text: str) -> str:
         """Type a line at the guest's console; returns "", or why it could not be typed."""
@@ -77,7 +77,7 @@ class ConsoleView:
         return self.text
 
     def _repr_mimebundle_(self, include: object = None, exclude: object = None) -> dict[str, Any]:
-        bundle: dict[str, Any] = {"text/plain": self.text, "text/html": _markup(self.text, self._height)}
+        bundle: dict[str, Any] = {"text/plain": self.text, "text/html": markup(self.text, self._height)}
         if self._widget is not None:
             shown = self._widget._repr_mimebundle_()
             bundle |= {kind: data for kind, data in shown.items() if kind not in bundle}
@@ -90,12 +90,12 @@ class ConsoleView:
 
     def _draw(self) -> None:
         if self._screen is not None:
-            self._screen.value = _markup(self.text, self._height)
+            self._screen.value = markup(self.text, self._height)
 
     def _build(self) -> None:
         import ipywidgets as widgets
 
-        self._screen = widgets.HTML(_markup(self.text, self._height))
+        self._screen = widgets.HTML(markup(self.text, self._height))
         line = widgets.Text(placeholder="type a command for the guest, then Enter", continuous_update=False)
         line.layout.width = "60%"
         interrupt = widgets.Button(description="Ctrl-C", tooltip="Interrupt what runs in the guest")
@@ -117,12 +117,14 @@ class ConsoleView:
         self._widget = widgets.VBox([self._screen, widgets.HBox([line, interrupt]), said])
 
 
-def _plain(text: str, lines: int) -> str:
+def plain(text: str, lines: int = LINES) -> str:
+    """The last lines of a console's text, without escape sequences."""
     cleaned = _ESCAPES.sub("", text).replace("\r\n", "\n").replace("\r", "\n")
     return "\n".join(cleaned.split("\n")[-lines:])
 
 
-def _markup(text: str, height: int | None = None) -> str:
+def markup(text: str, height: int | None = None) -> str:
+    """Such lines as HTML; scrolled to their end if they are more than ``height``."""
     # The newest line is at the bottom and stays in sight: a reversed column scrolls from its end.
     limit = f"max-height:{1.35 * height:.0f}em;display:flex;flex-direction:column-reverse;" if height else ""
     return (

@@ -19,11 +19,13 @@ class Redraw:
     Args:
         draw: sets a widget's value, which may be done on any thread.
         name: of the thread.
+        seconds: from a change to when it is drawn.
     """
 
-    def __init__(self, draw: Callable[[], None], name: str) -> None:
+    def __init__(self, draw: Callable[[], None], name: str, seconds: float = REDRAW_SECONDS) -> None:
         self._draw = draw
         self._name = name
+        self._seconds = seconds
         self._lock = threading.Lock()
         self._waiting: threading.Timer | None = None
         self._closed = False
@@ -34,7 +36,7 @@ class Redraw:
             return
         with self._lock:
             if self._waiting is None and not self._closed:
-                self._waiting = threading.Timer(REDRAW_SECONDS, self._now)
+                self._waiting = threading.Timer(self._seconds, self._now)
                 self._waiting.name = self._name
                 self._waiting.daemon = True
                 self._waiting.start()

@@ -67,6 +67,13 @@ class _Loop:
             self._thread.join()
             self._loop = self._leave = self._thread = None
 
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        """That of the thread."""
+        if self._loop is None:
+            raise RuntimeFault("no sandbox is open: use it within its with statement")
+        return self._loop
+
     def wait(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Carry it out on the loop's thread. Ctrl-C cancels it, and is passed on when it has undone what it did."""
         loop = self._loop
@@ -96,6 +103,15 @@ class _Loop:
 
 
 _LOOP = _Loop()
+
+
+def running_loop() -> asyncio.AbstractEventLoop:
+    """The event loop to which the sandboxes belong.
+
+    Raises:
+        RuntimeFault: no sandbox is open.
+    """
+    return _LOOP.loop
 
 
 class SyncProcess:
@@ -150,6 +166,11 @@ class SyncContainer:
     def __init__(self, container: containers.Container) -> None:
         self._container = container
         self.id = container.id
+
+    @property
+    def asynchronous(self) -> containers.Container:
+        """The container that this one stands for; its coroutines belong to another thread's loop."""
+        return self._container
 
     @property
     def state(self) -> containers.ContainerState:
@@ -279,7 +300,8 @@ class Sandbox:
         try:
             _LOOP.wait(self._begin())
         except BaseException:
-            _LOOP.leave()
+            # Ctrl-C may have come when it had just started.
+            self.__exit__(None, None, None)
             raise
         return self
 
@@ -292,6 +314,7 @@ class Sandbox:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            _LOOP.wait(self.asynchronous.stop())
+            if self._sandbox is not None:
+                _LOOP.wait(self._sandbox.stop())
         finally:
             _LOOP.leave()
