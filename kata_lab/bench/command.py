@@ -11,6 +11,7 @@ from kata_lab.bench.boot import BootFigures, measure_boot
 from kata_lab.bench.compute import ComputeFigures, measure_compute
 from kata_lab.bench.fused import PARTS as START_PARTS
 from kata_lab.bench.fused import ROUNDS, FusedFigures, measure_fused
+from kata_lab.bench.fused_call import WAY
 from kata_lab.bench.hotplug import HotplugFigures, measure_hotplug
 from kata_lab.bench.image import ImageFigures, measure_images
 from kata_lab.bench.io import IoFigures, measure_io
@@ -128,6 +129,8 @@ def fused_table(figures: FusedFigures) -> str:
         add("  99th percentile", [None if each is None else each.p99 for each in found], ".0f")
         add("  context switches", [side.context_switches_per_action.get(action) for side in sides], ".1f")
         add("  system calls", [side.system_calls_per_action.get(action) for side in sides], ".1f")
+    for part in WAY:
+        add(_WAY_ROWS[part], [side.way_us.get(part) for side in sides], ".0f", figures.ratio["way"].get(part))
     for part in dict.fromkeys(name for side in sides for name in side.notice_ms):
         add(f"{part} killed, noticed after, ms", [side.notice_ms.get(part) for side in sides], ".0f")
         add("  all cleared after, ms", [side.cleanup_ms.get(part) for side in sides], ".0f")
@@ -219,6 +222,12 @@ _FUSED_ROWS = (
     ("starts_per_s", "starts a second, several at once", ".2f"),
     ("cpu_s", "  CPU of each, s", ".2f"),
 )
+
+_WAY_ROWS = {
+    "there": "one more vCPU: until the VMM begins, µs",
+    "work": "  VMM and guest, µs",
+    "back": "  until the runtime goes on, µs",
+}
 
 _RUN_PARTS = {
     "command": "command",

@@ -2,7 +2,8 @@
 
 Every arrangement of :mod:`kata_lab.hypervisor` runs the same guest, with as much memory and the same devices, in a
 runtime process of its own (:mod:`.fused_runtime`), which does nothing else; QEMU's is left out where it is not
-installed. In each run each arrangement starts a sandbox, is looked at, is asked, and is killed process by process.
+installed. In each run each arrangement starts a sandbox, is looked at, is asked, and is killed; then it starts several
+at once, in which its other processes are killed.
 
 ==========================  ==========================================================================================
 figure                      what it is
@@ -13,6 +14,8 @@ start_s, start_parts        exec of the runtime until its client reads that the 
                             its modules, ``prepare`` files and compiled code, ``vmm`` until the VM runs (processes,
                             machine, kernel image), ``guest`` until the agent answers, ``agent`` until it is ready
 action_us                   one action, asked and answered, in microseconds: median and 99th percentile
+way_us                      how a call for one more vCPU divides (:mod:`.fused_call`): ``there`` until the VMM begins,
+                            ``work`` of VMM and guest, ``back`` until the runtime goes on
 context_switches_per_action of all threads of all processes, and likewise
 system_calls_per_action     all of them, or reads and writes only (``system_calls_by``)
 starts_per_s, cpu_s         of as many runtimes as ``at_once`` says, begun together; CPU seconds for each, all processes
@@ -22,13 +25,15 @@ cleanup_ms                  the same until nothing is left; of the runtime, unti
 ==========================  ==========================================================================================
 
 Of the actions, ``get_state`` is the channel and nothing else: a thread asks the VM for its state and waits.
-``get_state_awaited`` is the same as a coroutine of the runtime awaits it, event loop included; for QEMU, the command
-``cont`` to a guest that runs, which has nothing to do either. The others go through the runtime's interface:
-``pause_resume`` a pause and a resume, ``share_add_remove`` a directory that comes and goes in the shared one,
-``vcpu_plus_minus`` a vCPU that comes and goes, in which the guest takes part.
+``get_state_awaited`` is the same as a coroutine of the runtime awaits it, event loop included. The others go through
+the runtime's interface and may change something. ``nothing_to_change`` asks for as many vCPUs as there are (QEMU: for a
+guest that runs to run): it waits for its turn on the VM's own thread, as changes do in every arrangement, and finds
+nothing to do. ``pause_resume`` is a pause and a resume, ``share_add_remove`` a directory that comes and goes in the
+shared one (fused: without a change of threads), ``vcpu_plus_minus`` a vCPU that comes and goes, in which the guest
+takes part.
 
-``ratio`` is rpc / fused, with the actions by name. ``floor_us`` is what a message of one byte and its answer take on
-this machine, from thread to thread in one process and over a unix socket between two processes.
+``ratio`` is rpc / fused. ``floor_us`` is what a message of one byte and its answer take on this machine, from thread to
+thread in one process and over a unix socket between two processes.
 """
 
 from __future__ import annotations
@@ -48,7 +53,8 @@ from typing import Any, Final
 
 from kata_lab.bench.boot import prepare, versions
 from kata_lab.bench.fused_account import BY_PERF, RUNTIME, Memory, SystemCalls, context_switches, cpu_seconds
-from kata_lab.bench.fused_probe import ACTIONS
+from kata_lab.bench.fused_call import WAY, follow_resize, spans
+from kata_lab.bench.fused_probe import ACTING, ACTIONS
 from kata_lab.bench.fused_runtime import RuntimeProcess
 from kata_lab.bench.measure import Sample, steps
 
@@ -57,6 +63,7 @@ AT_ONCE: Final = 4
 ROUNDS: Final = {
     "get_state": 1000,
     "get_state_awaited": 500,
+    "nothing_to_change": 200,
     "pause_resume": 30,
     "share_add_remove": 30,
     "vcpu_plus_minus": 3,
@@ -64,20 +71,26 @@ ROUNDS: Final = {
 COUNTED: Final = {
     "get_state": 300,
     "get_state_awaited": 300,
+    "nothing_to_change": 100,
     "pause_resume": 20,
     "share_add_remove": 20,
     "vcpu_plus_minus": 1,
 }
+FOLLOWED: Final = 5
 GOAL_RATIO: Final = 10.0  #: of an action, rpc / fused
 GOAL_NOTICE_MS: Final = 100.0
 _WORK: Final = {
     "get_state": "looking the state up",
     "get_state_awaited": "a turn of the runtime's event loop, after which a coroutine goes on",
+    "nothing_to_change": "a turn on the VM's own thread, where it finds that there is nothing to do",
     "pause_resume": "vCPUs that come out of guest code and go back",
     "share_add_remove": "opening the directory and entering it",
     "vcpu_plus_minus": "the guest's kernel, which brings a hart up and takes it down",
 }
-_MISSING: Final = "QMP is spoken by an event loop only, and QEMU's machine 'virt' for riscv64 has no hotplug of vCPUs"
+_MISSING: Final = (
+    "the runtime has nothing to read from QEMU that is not known already, and QEMU's machine 'virt' for riscv64 has no"
+    " hotplug of vCPUs"
+)
 _ENDS: Final = ("prepared", "VM runs", "agent answers", "sandbox ready")
 _ECHO: Final = "import socket, sys; s = socket.socket(fileno=int(sys.argv[1]))\nwhile d := s.recv(1): s.send(d)"
 _FLOOR_ROUNDS: Final = 500
@@ -108,6 +121,7 @@ class Figures:
     start_s: float
     start_parts: dict[str, float]
     action_us: dict[str, Latency]
+    way_us: dict[str, float]
     context_switches_per_action: dict[str, float]
     system_calls_per_action: dict[str, float]
     system_calls_by: str
@@ -123,7 +137,7 @@ class FusedFigures:
 
     Attributes:
         arrangements: by name.
-        ratio: rpc / fused.
+        ratio: rpc / fused; ``action`` by its name, ``way`` by its part.
         floor_us: ``thread`` and ``socket``, see the module.
         limits: what misses its goal, and why; what was left out, and what is to be known.
         at_once: sandboxes that were started together.
@@ -155,6 +169,7 @@ class Run:
     threads: int
     memory: Memory
     action_us: Mapping[str, Sequence[float]]
+    way_us: Mapping[str, float]
     switches: Mapping[str, float]
     calls: Mapping[str, float]
     calls_by: str
@@ -210,10 +225,14 @@ def _run(name: str, begin: Callable[[str], None]) -> Run:
         found, memory = runtime.parts, runtime.memory
         action_us = {action: runtime.ask("time", action=action, rounds=rounds) for action, rounds in ROUNDS.items()}
         took = {action: each["us"] for action, each in action_us.items() if "us" in each}
+        way_us = _follow(runtime) if name in ACTING else {}
         counted = {action: _count(runtime, action) for action in took}
-        notice, cleanup = _crash_all(runtime)
+        ended = runtime.kill()
     begin(f"{name}, {AT_ONCE} at once")
-    starts_per_s, cpu_s = _at_once(name)
+    with contextlib.ExitStack() as held:
+        several = [held.enter_context(RuntimeProcess(name)) for _ in range(AT_ONCE)]
+        starts_per_s, cpu_s = _start_at_once(several)
+        crashes = _crash([part.name for part in found if part.name != RUNTIME], several)
     return Run(
         start_s,
         start_parts(start_s, timeline),
@@ -221,14 +240,24 @@ def _run(name: str, begin: Callable[[str], None]) -> Run:
         sum(part.threads for part in found),
         memory,
         took,
+        way_us,
         {action: each[0] for action, each in counted.items()},
         {action: each[1] for action, each in counted.items()},
         next(iter(counted.values()))[2],
-        notice,
-        cleanup,
+        {RUNTIME: ended.notice_ms, **{part: told["notice_ms"] for part, told in crashes.items()}},
+        {RUNTIME: ended.cleanup_ms, **{part: told["cleanup_ms"] for part, told in crashes.items()}},
         starts_per_s,
         cpu_s,
     )
+
+
+def _follow(runtime: RuntimeProcess) -> dict[str, float]:
+    """How a call for one more vCPU divides, medians."""
+    told = []
+    for _ in range(FOLLOWED):
+        told.append(spans(follow_resize(runtime, 2)))
+        follow_resize(runtime, 1)
+    return {name: statistics.median(each[name] for each in told) for name in WAY}
 
 
 def start_parts(seconds: float, timeline: Mapping[str, float]) -> dict[str, float]:
@@ -250,28 +279,26 @@ def _count(runtime: RuntimeProcess, action: str) -> tuple[float, float, str]:
     return switches / (rounds + 1), called / (rounds + 1), calls.source
 
 
-def _crash_all(runtime: RuntimeProcess) -> tuple[dict[str, float], dict[str, float]]:
-    """Kill each process of a sandbox, every other time in a new one; the runtime comes last."""
-    notice, cleanup = {}, {}
-    for name in [part.name for part in runtime.parts if part.name != RUNTIME]:
-        told = runtime.crash(name)
-        notice[name], cleanup[name] = told["notice_ms"], told["cleanup_ms"]
-        runtime.start()
-    ended = runtime.kill()
-    return {RUNTIME: ended.notice_ms, **notice}, {RUNTIME: ended.cleanup_ms, **cleanup}
+def _start_at_once(runtimes: Sequence[RuntimeProcess]) -> tuple[float, float]:
+    """Start a sandbox in each: starts per second, and CPU seconds of each."""
+    for runtime in runtimes:
+        runtime.begin()
+    for runtime in runtimes:
+        runtime.receive("start")
+    seconds = time.monotonic() - runtimes[0].began
+    cpu_s = sum(cpu_seconds(runtime.parts) for runtime in runtimes)
+    return len(runtimes) / seconds, cpu_s / len(runtimes)
 
 
-def _at_once(name: str) -> tuple[float, float]:
-    """Starts per second of as many as :data:`AT_ONCE`, and CPU seconds of each."""
-    with contextlib.ExitStack() as held:
-        runtimes = [held.enter_context(RuntimeProcess(name)) for _ in range(AT_ONCE)]
-        for runtime in runtimes:
-            runtime.begin()
-        for runtime in runtimes:
-            runtime.receive("start")
-        seconds = time.monotonic() - runtimes[0].began
-        cpu_s = sum(cpu_seconds(runtime.parts) for runtime in runtimes)
-    return AT_ONCE / seconds, cpu_s / AT_ONCE
+def _crash(names: Sequence[str], runtimes: Sequence[RuntimeProcess]) -> dict[str, dict[str, Any]]:
+    """Kill a process of each of these parts, each in a sandbox of its own; what the runtime tells of it."""
+    told = {}
+    for number, name in enumerate(names):
+        runtime = runtimes[number % len(runtimes)]
+        if number >= len(runtimes):
+            runtime.start()
+        told[name] = runtime.crash(name)
+    return told
 
 
 def floors() -> dict[str, float]:
@@ -329,6 +356,7 @@ def figures(
     fused, rpc = sides["fused"], sides["rpc"]
     ratio: dict[str, Any] = {
         "action": {name: rpc.action_us[name].median / each.median for name, each in fused.action_us.items()},
+        "way": {name: rpc.way_us[name] / took for name, took in fused.way_us.items()},
         **{name: getattr(rpc, name) / getattr(fused, name) for name in ("processes", "threads", "pss_mb", "start_s")},
         **{name: getattr(rpc, name) / getattr(fused, name) for name in ("starts_per_s", "cpu_s")},
     }
@@ -365,6 +393,7 @@ def _figures(runs: Sequence[Run]) -> Figures:
         start_s=median(run.start_s for run in runs),
         start_parts=medians(run.start_parts for run in runs),
         action_us={name: Latency.of(us for run in runs for us in run.action_us[name]) for name in first.action_us},
+        way_us=medians(run.way_us for run in runs),
         context_switches_per_action=medians(run.switches for run in runs),
         system_calls_per_action=medians(run.calls for run in runs),
         system_calls_by=first.calls_by,
@@ -376,16 +405,7 @@ def _figures(runs: Sequence[Run]) -> Figures:
 
 
 def _limits(sides: Mapping[str, Figures], ratio: Mapping[str, float], floor: Mapping[str, float]) -> dict[str, str]:
-    fused, rpc = sides["fused"], sides["rpc"]
-    told = {}
-    for name, times in ratio.items():
-        if times < GOAL_RATIO:
-            ours, theirs = fused.action_us[name].median, rpc.action_us[name].median
-            told[name] = (
-                f"rpc takes {theirs:.0f} us, fused {ours:.0f}; a message and its answer take at least"
-                f" {floor['socket']:.0f} us between two processes and {floor['thread']:.0f} us between two threads"
-                f" here, and what both do is {_WORK[name]}"
-            )
+    told = {name: _explain(name, sides, floor) for name, times in ratio.items() if times < GOAL_RATIO}
     for name, side in sides.items():
         late = [f"{part} {took:.0f} ms" for part, took in side.notice_ms.items() if took > GOAL_NOTICE_MS]
         if late:
@@ -403,3 +423,28 @@ def _limits(sides: Mapping[str, Figures], ratio: Mapping[str, float], floor: Map
         ]
     )
     return told
+
+
+def _explain(name: str, sides: Mapping[str, Figures], floor: Mapping[str, float]) -> str:
+    """Why rpc takes less than :data:`GOAL_RATIO` times as long: what an action waits for in both."""
+    fused, rpc = sides["fused"], sides["rpc"]
+    parts = [
+        f"rpc takes {rpc.action_us[name].median:.0f} us, fused {fused.action_us[name].median:.0f}; what both do is"
+        f" {_WORK[name]}"
+    ]
+    if name.startswith("vcpu"):
+        parts.append(
+            f"of one more vCPU, VMM and guest take {fused.way_us['work']:.0f} us in fused and"
+            f" {rpc.way_us['work']:.0f} in rpc, the way there {fused.way_us['there']:.0f} and"
+            f" {rpc.way_us['there']:.0f}, the way back {fused.way_us['back']:.0f} and {rpc.way_us['back']:.0f}"
+        )
+    elif not name.startswith("get_state"):
+        parts.append(
+            "what may change something waits for its turn on the VM's thread, and if there is nothing to do that takes"
+            f" {fused.action_us['nothing_to_change'].median:.0f} us in fused"
+        )
+    parts.append(
+        f"a message and its answer take at least {floor['socket']:.0f} us between two processes and"
+        f" {floor['thread']:.0f} us between two threads here"
+    )
+    return "; ".join(parts)

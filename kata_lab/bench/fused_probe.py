@@ -27,9 +27,13 @@ if TYPE_CHECKING:
     from kata_lab.runtime import Sandbox
     from vmm.actions import VmmAction
 
-ACTIONS: Final = ("get_state", "get_state_awaited", "pause_resume", "share_add_remove", "vcpu_plus_minus")
-VCPU_HOTPLUG: Final = ("fused", "rpc")  #: arrangements whose guest can be given a vCPU
+ACTIONS: Final = (
+    *("get_state", "get_state_awaited", "nothing_to_change"),
+    *("pause_resume", "share_add_remove", "vcpu_plus_minus"),
+)
+ACTING: Final = ("fused", "rpc")  #: arrangements whose VMM is ours, and whose guest can be given a vCPU
 NOTICE_SECONDS: Final = 60.0  #: after which a process that was killed has not been noticed
+_OURS: Final = ("get_state_awaited", "vcpu_plus_minus")
 _SHARE: Final = "bench"
 
 Action = Callable[[], Awaitable[object]]
@@ -100,8 +104,8 @@ class Probe:
         """The call alone: this thread asks and waits, and no event loop is in between."""
         from vmm.actions import GetState
 
-        if self._arrangement == "qemu":
-            return {}  # QMP is spoken by an event loop
+        if self._arrangement not in ACTING:
+            return {}
         request, took = self._acting.vm.request, []
         for _ in range(rounds + 1):
             began = time.perf_counter()
@@ -116,10 +120,13 @@ class Probe:
         hypervisor = self._running.hypervisor
 
         async def state() -> None:
-            if self._arrangement == "qemu":
-                await hypervisor.resume_vm()  # what runs already has nothing to do
+            await asyncio.wrap_future(self._acting.vm.request(GetState()))
+
+        async def nothing() -> None:
+            if self._arrangement in ACTING:
+                await hypervisor.resize_vcpu(1)
             else:
-                await asyncio.wrap_future(self._acting.vm.request(GetState()))
+                await hypervisor.resume_vm()  # the guest runs already
 
         async def pause_resume() -> None:
             await hypervisor.pause_vm()
@@ -133,9 +140,9 @@ class Probe:
             await hypervisor.resize_vcpu(2)
             await hypervisor.resize_vcpu(1)
 
-        if name == "vcpu_plus_minus" and self._arrangement not in VCPU_HOTPLUG:
+        if name in _OURS and self._arrangement not in ACTING:
             return None
-        return dict(zip(ACTIONS[1:], (state, pause_resume, share, vcpu), strict=True))[name]
+        return dict(zip(ACTIONS[1:], (state, nothing, pause_resume, share, vcpu), strict=True))[name]
 
     async def follow(self, vcpus: int) -> dict[str, Any]:
         """A resize to so many vCPUs, step by step: where, what, and seconds (``time.monotonic``).
@@ -150,7 +157,7 @@ class Probe:
         asked = time.monotonic()
         future = vm.request(action)
         sent = time.monotonic()
-        future.add_done_callback(lambda _: arrived.append((time.monotonic(), threading.current_thread().name)))
+        future.add_done_callback(lambda _: arrived.append(time.monotonic()))
         await asyncio.wrap_future(future)
         back = time.monotonic()
         record = vm.hotplugs[-1]
@@ -159,7 +166,7 @@ class Probe:
         for step in record.steps:
             steps.append(("guest" if step.name.startswith("guest") else "vmm", step.name, step.seconds))
         steps += [("vmm", "has answered", record.answered_at)]
-        steps += [("answers", f"the answer is here (thread {name})", at) for at, name in arrived]
+        steps += [("answers", "the answer is here", at) for at in arrived]
         steps += [("runtime", "goes on", back)]
         return {"steps": steps}
 
@@ -197,11 +204,10 @@ class Probe:
         }
 
 
-async def serve(arrangement: str) -> None:
+async def serve(probe: Probe) -> None:
     """Carry out orders until there are no more."""
     reader = asyncio.StreamReader()
     await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
-    probe = Probe(arrangement)
     try:
         while line := await reader.readline():
             order = json.loads(line)
@@ -217,7 +223,7 @@ async def serve(arrangement: str) -> None:
 def main(arguments: Sequence[str]) -> None:
     """Serve one arrangement."""
     (arrangement,) = arguments
-    asyncio.run(serve(arrangement))
+    asyncio.run(serve(Probe(arrangement)))
 
 
 if __name__ == "__main__":

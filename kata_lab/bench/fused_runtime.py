@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Any, Final
 
 from kata_lab.bench.fused_account import RUNTIME, Memory, Part, parts
-from kata_lab.bench.fused_probe import VCPU_HOTPLUG
+from kata_lab.bench.fused_probe import ACTING
 from kata_lab.bench.measure import LONGEST_RUN, BenchError
 
 MEMORY_MIB: Final = 256
@@ -48,9 +48,10 @@ class RuntimeProcess:
 
     Args:
         arrangement: a name of :data:`kata_lab.hypervisor.HYPERVISORS`.
+        program: the module that takes the orders, as :mod:`kata_lab.bench.fused_probe` does.
     """
 
-    def __init__(self, arrangement: str) -> None:
+    def __init__(self, arrangement: str, program: str = "kata_lab.bench.fused_probe") -> None:
         self.arrangement = arrangement
         with contextlib.ExitStack() as made:
             # Also of a runtime that is killed nothing is left on disk; the path is short, since sockets are in it.
@@ -58,7 +59,7 @@ class RuntimeProcess:
             self._complaints = made.enter_context((Path(place) / "errors").open("w+b"))
             self.began = time.monotonic()
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "kata_lab.bench.fused_probe", arrangement],
+                [sys.executable, "-m", program, arrangement],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._complaints,
@@ -76,7 +77,7 @@ class RuntimeProcess:
 
     def begin(self) -> None:
         """Start a sandbox without waiting for it."""
-        room = {"max_vcpus": 2} if self.arrangement in VCPU_HOTPLUG else {}
+        room = {"max_vcpus": 2} if self.arrangement in ACTING else {}
         self.send("start", memory_mib=MEMORY_MIB, **room)
 
     def ask(self, order: str, **arguments: Any) -> dict[str, Any]:

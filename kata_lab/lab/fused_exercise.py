@@ -13,13 +13,10 @@ import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import combinations
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final, Protocol
 
 from kata_lab.lab.exercise import Feedback, checks, not_right, not_yet, solved
 from kata_lab.lab.picture import Table
-
-if TYPE_CHECKING:
-    from kata_lab.bench.fused_runtime import RuntimeProcess
 
 ROUNDS: Final = {"get_state": 500, "share_add_remove": 40, "pause_resume": 40, "vcpu_plus_minus": 3}
 ROOM: Final = 5.0  #: that a factor may be off, either way
@@ -33,6 +30,12 @@ _WHERE: Final = {
     "vcpu_plus_minus": "look at the table of part 3 once more: which part of the time does the way take, and which part"
     " do VMM and guest take over both",
 }
+
+
+class Timing(Protocol):
+    """Times actions, as :class:`kata_lab.bench.fused_runtime.RuntimeProcess` does."""
+
+    def ask(self, order: str, **arguments: Any) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +84,7 @@ def problem_of(predictions: Mapping[str, Any]) -> str:
 
 
 def measure(
-    predictions: Mapping[str, Any], fused: RuntimeProcess, rpc: RuntimeProcess, rounds: Mapping[str, int] = ROUNDS
+    predictions: Mapping[str, Any], fused: Timing, rpc: Timing, rounds: Mapping[str, int] = ROUNDS
 ) -> Measured | None:
     """Time the actions over both, in turns; None as long as nothing is predicted.
 

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, Final
 import psutil
 
 from kata_lab.bench.fused_account import parts
+from kata_lab.bench.fused_call import HANDED_OVER, Step, spans
+from kata_lab.bench.fused_call import follow_resize as follow_resize
 from kata_lab.lab.machines import LabError
 from kata_lab.lab.picture import BLACK, BLUE, GREEN, ORANGE, SKY, YELLOW, Picture, Table, drawing, figure_picture
 
@@ -32,12 +34,14 @@ _DOES: Final = {
     "fs": "shared directories",
     "qemu": "QEMU, with the guest",
 }
+_ALL: Final = "runtime, VMM with guest, shared directories"
 _KINDS: Final = {
     "guest": ("the guest's memory", BLUE, ""),
     "anonymous": ("heaps, stacks, made code", ORANGE, "///"),
     "files": ("programs, libraries", GREEN, "..."),
 }
 _SIDES: Final = ((BLUE, ""), (ORANGE, "///"), (GREEN, "..."))
+_HALO: Final = "stroke='#f4f4f4' stroke-width='4' paint-order='stroke'"
 _BOX: Final = 250
 _GAP: Final = 26
 _LINE: Final = 16
@@ -101,7 +105,8 @@ def process_tree(processes: Sequence[SandboxProcess], title: str) -> Picture:
     order = [root, *children]
     for number, process in enumerate(order):
         x = 10 + number * (_BOX + 2 * _GAP)
-        body.append(_process_box(process, x, 28, high))
+        does = _DOES.get(process.name, "a part of the sandbox") if children else _ALL
+        body.append(_process_box(process, does, x, 28, high))
         if number:
             # Beneath the boxes, since a runtime may have started all of them.
             y = 28 + high + 14
@@ -127,13 +132,13 @@ def _parent(process: SandboxProcess, order: Sequence[SandboxProcess]) -> Sandbox
     return next((each for each in order if each.pid == process.parent), order[0])
 
 
-def _process_box(process: SandboxProcess, x: int, y: int, high: int) -> str:
+def _process_box(process: SandboxProcess, does: str, x: int, y: int, high: int) -> str:
     colour = _COLOURS.get(process.name, "#dddddd")
     lines = [
         f"<rect x='{x}' y='{y}' width='{_BOX}' height='{high}' fill='white' stroke='{BLACK}' stroke-width='2'/>"
         f"<rect x='{x}' y='{y}' width='{_BOX}' height='34' fill='{colour}' stroke='{BLACK}'/>",
         _text(x + 8, y + 15, f"{process.name}  {process.pid}", "font-weight='bold'"),
-        _text(x + 8, y + 29, _DOES.get(process.name, "a part of the sandbox"), "font-size='10'"),
+        _text(x + 8, y + 29, does, "font-size='10'"),
     ]
     for row, name in enumerate(process.threads):
         lines.append(_text(x + 18, y + 44 + _LINE * row + 8, f"› {name}", "font-family='monospace' font-size='11'"))
@@ -149,41 +154,6 @@ def process_table(processes: Sequence[SandboxProcess], title: str) -> Table:
 # One call.
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
-    """Where a call was, and when.
-
-    Attributes:
-        place: ``runtime``, ``answers`` (the thread on which its answer comes), ``vmm`` or ``guest``.
-        what: what happened there.
-        microseconds: since the call was made.
-    """
-
-    place: str
-    what: str
-    microseconds: float
-
-
-def follow_resize(runtime: RuntimeProcess, vcpus: int) -> list[Step]:
-    """Have a runtime resize its sandbox to so many vCPUs; the steps in the order of their times."""
-    told = sorted(runtime.ask("follow", vcpus=vcpus)["steps"], key=lambda step: float(step[2]))
-    return [Step(place, what, (at - told[0][2]) * 1e6) for place, what, at in told]
-
-
-def spans(steps: Sequence[Step]) -> dict[str, float]:
-    """How a call divides, in microseconds: ``there``, until the VMM begins; ``work``, of VMM and guest; ``back``.
-
-    Raises:
-        LabError: these are not the steps of a call.
-    """
-    at = {step.what: step.microseconds for step in steps}
-    try:
-        begins, answered, back = (at[name] for name in ("begins", "has answered", "goes on"))
-    except KeyError as missing:
-        raise LabError(f"the steps of a call have no {missing}; they are {', '.join(at)}") from None
-    return {"there": begins, "work": answered - begins, "back": back - answered}
-
-
 def call_path(steps: Sequence[Step], title: str, split: bool) -> Picture:
     """A call as a sequence: lanes for the runtime, the VM's event loop and the guest, time going down step by step.
 
@@ -197,7 +167,7 @@ def call_path(steps: Sequence[Step], title: str, split: bool) -> Picture:
     """
     if not steps:
         raise LabError("there is no step to draw: follow a call first")
-    lanes = {"runtime": 150, "answers": 330, "vmm": 530, "guest": 740}
+    lanes = {"runtime": 150, "answers": 290, "vmm": 540, "guest": 740}
     # In one process the answer arrives on the VM's own thread.
     place_of = {"answers": "answers" if split else "vmm"}
     height = 74 + 26 * len(steps) + 12
@@ -208,29 +178,32 @@ def call_path(steps: Sequence[Step], title: str, split: bool) -> Picture:
         x = lanes[lane]
         body.append(f"<line x1='{x}' y1='58' x2='{x}' y2='{height - 8}' stroke='{BLACK}' stroke-dasharray='3 3'/>")
         body.append(_text(x, 52, name, "text-anchor='middle'"))
-    before: tuple[int, int] | None = None
-    for row, step in enumerate(steps):
-        x, y = lanes[place_of.get(step.place, step.place)], 80 + 26 * row
-        if before is not None:
-            body.append(f"<line x1='{before[0]}' y1='{before[1]}' x2='{x}' y2='{y}' stroke='{BLUE}' stroke-width='2'/>")
+    points = [(lanes[place_of.get(step.place, step.place)], 80 + 26 * row) for row, step in enumerate(steps)]
+    # Who has handed a call over is beside it from then on: at the same time it may be elsewhere already.
+    way = [point for point, step in zip(points, steps, strict=True) if step.what != HANDED_OVER]
+    asking = [point for point, step in zip(points, steps, strict=True) if step.what in (steps[0].what, HANDED_OVER)]
+    for line in (way, asking):
+        drawn = " ".join(f"{x},{y}" for x, y in line)
+        body.append(f"<polyline points='{drawn}' fill='none' stroke='{BLUE}' stroke-width='2'/>")
+    for (x, y), step in zip(points, steps, strict=True):
         body.append(f"<circle cx='{x}' cy='{y}' r='5' fill='{ORANGE}' stroke='{BLACK}'/>")
-        body.append(_text(x + 10, y + 4, step.what, "font-size='11'"))
+        body.append(_text(x + 10, y + 4, step.what, f"font-size='11' {_HALO}"))
         body.append(_text(64, y + 4, f"{step.microseconds:,.0f} µs", "text-anchor='end' font-size='11'"))
-        before = x, y
     said = "; ".join(f"after {each.microseconds:,.0f} µs {each.place}: {each.what}" for each in steps)
     return drawing("".join(body), 900, height, f"{title}. {said}.")
 
 
 def _call_frames(height: int, split: bool) -> str:
-    """A frame for each process."""
-    frames = ((72, 340, "runtime process"), (424, 236, "VMM process")) if split else ((72, 588, "one process"),)
+    """A frame for each process, and between them what carries a call."""
+    frames = ((72, 322, "runtime process"), (450, 210, "VMM process")) if split else ((72, 588, "one process"),)
     drawn = [
         f"<rect x='{x}' y='26' width='{wide}' height='{height - 30}' fill='#f4f4f4' stroke='{BLACK}'/>"
         + _text(x + 6, 38, name, "font-size='10'")
         for x, wide, name in frames
     ]
-    if split:
-        drawn.append(_text(418, 38, "socket", "text-anchor='middle' font-size='10'"))
+    drawn.append(
+        _text(422 if split else 345, 52, "socket" if split else "queue", "text-anchor='middle' font-size='10'")
+    )
     return "".join(drawn) + f"<rect x='672' y='26' width='222' height='{height - 30}' fill='none' stroke='{BLACK}'/>"
 
 
@@ -298,7 +271,7 @@ def memory_chart(memories: Mapping[str, Memory]) -> Picture:
 
     if not memories:
         raise LabError("there is no memory to draw: start a sandbox first")
-    figure = Figure(figsize=(9, 0.9 + 0.75 * len(memories)))
+    figure = Figure(figsize=(9, 0.9 + 0.85 * len(memories)))
     axes = figure.subplots()
     said = []
     for row, (name, memory) in enumerate(memories.items()):
@@ -320,7 +293,7 @@ def memory_chart(memories: Mapping[str, Memory]) -> Picture:
         axes.annotate(
             f"{name}: {memory.total / 1e6:.0f} MB ({each})",
             (0, row),
-            xytext=(0, 13),
+            xytext=(0, 15),
             textcoords="offset points",
             fontsize=9,
         )

@@ -20,6 +20,7 @@ from kata_lab.bench import fused
 from kata_lab.bench.command import fused_table
 from kata_lab.bench.fused import PARTS, Run, figures, start_parts
 from kata_lab.bench.fused_account import BY_IO, BY_PERF, Memory, Part, SystemCalls, context_switches, cpu_seconds, parts
+from kata_lab.bench.fused_call import Step, follow_resize, spans
 from kata_lab.bench.fused_probe import ACTIONS
 from kata_lab.bench.fused_runtime import RuntimeProcess
 from kata_lab.bench.measure import BenchError
@@ -51,6 +52,7 @@ def run(microseconds: float, processes: int = 1, **changes: Any) -> Run:
         threads=2 * processes,
         memory=Memory({"runtime": 100_000_000}, {"guest": 60_000_000, "files": 10_000_000, "anonymous": 30_000_000}),
         action_us={name: [microseconds] * 100 for name in ACTIONS},
+        way_us={"there": microseconds, "work": 9000.0, "back": 2 * microseconds},
         switches=dict.fromkeys(ACTIONS, 1.0),
         calls=dict.fromkeys(ACTIONS, 2.0),
         calls_by=BY_PERF,
@@ -72,6 +74,7 @@ def test_it_prints_each_arrangement_and_leaves_nothing(
     monkeypatch.setattr(fused, "AT_ONCE", 1)
     monkeypatch.setattr(fused, "ROUNDS", dict.fromkeys(ACTIONS, 2))
     monkeypatch.setattr(fused, "COUNTED", dict.fromkeys(ACTIONS, 2))
+    monkeypatch.setattr(fused, "FOLLOWED", 1)
     monkeypatch.setattr(fused, "arrangements", lambda: (["fused", "rpc"], {"qemu": "left out"}))
 
     assert main(["bench", "fused", "--json", "--runs", "1"]) == 0
@@ -86,6 +89,7 @@ def test_it_prints_each_arrangement_and_leaves_nothing(
         assert sum(side["start_parts"].values()) == pytest.approx(side["start_s"], rel=0.01)
         assert sum(side["pss_parts"]["kind"].values()) == pytest.approx(side["pss_mb"], rel=0.01)
         assert side["pss_parts"]["kind"]["guest"] > 20
+        assert all(took > 0 for took in side["way_us"].values())
     assert set(told["fused"]["notice_ms"]) == {"runtime"}
     assert set(told["rpc"]["notice_ms"]) == {"runtime", "vmm", "fs"}
     assert told["limits"]["qemu"] == "left out"
@@ -99,14 +103,22 @@ def test_actions_are_timed_by_the_one_who_asks(rpc: RuntimeProcess) -> None:
 
 
 def test_a_hotplug_is_followed_from_the_runtime_to_the_guest_and_back(rpc: RuntimeProcess) -> None:
-    steps = rpc.ask("follow", vcpus=2)["steps"]
-    rpc.ask("follow", vcpus=1)
+    steps = follow_resize(rpc, 2)
+    follow_resize(rpc, 1)
 
-    ordered = sorted(steps, key=lambda step: step[2])
-    assert (ordered[0][:2], ordered[-1][:2]) == (["runtime", "asks"], ["runtime", "goes on"])
-    assert {place for place, _, _ in steps} == {"runtime", "vmm", "guest", "answers"}
-    names = [what for _, what, _ in ordered]
+    assert ((steps[0].place, steps[0].what), (steps[-1].place, steps[-1].what)) == (
+        ("runtime", "asks"),
+        ("runtime", "goes on"),
+    )
+    assert {step.place for step in steps} == {"runtime", "vmm", "guest", "answers"}
+    names = [step.what for step in steps]
     assert names.index("begins") < names.index("guest answered") < names.index("has answered")
+    assert sum(spans(steps).values()) == pytest.approx(steps[-1].microseconds)
+
+
+def test_steps_that_are_no_call_are_refused() -> None:
+    with pytest.raises(BenchError, match="have no 'has answered'; they are begins, goes on"):
+        spans([Step("vmm", "begins", 1.0), Step("runtime", "goes on", 2.0)])
 
 
 def test_what_cannot_be_killed_is_refused_by_name(rpc: RuntimeProcess) -> None:
@@ -162,13 +174,19 @@ def test_latencies_of_all_runs_count_and_the_rest_is_medians() -> None:
     assert (ours.action_us["get_state"].median, ours.action_us["get_state"].p99) == (1.0, 3.0)
     assert ours.start_s == 2.0
     assert (told.ratio["action"]["get_state"], told.ratio["processes"]) == (30.0, 3.0)
+    assert told.ratio["way"] == {"there": 30.0, "work": 1.0, "back": 30.0}
 
 
 def test_what_is_less_than_ten_times_as_quick_is_explained_by_the_floor() -> None:
     told = figures({"fused": [run(100.0)], "rpc": [run(300.0)]}, FLOOR, {"qemu": "left out"}, {}).limits
 
-    assert "rpc takes 300 us, fused 100; a message and its answer take at least 10 us" in told["pause_resume"]
-    assert "vCPUs that come out of guest code" in told["pause_resume"]
+    assert told["pause_resume"].startswith("rpc takes 300 us, fused 100; what both do is vCPUs that come out of guest")
+    assert (
+        "waits for its turn on the VM's thread, and if there is nothing to do that takes 100 us" in told["pause_resume"]
+    )
+    assert told["pause_resume"].endswith("at least 10 us between two processes and 40 us between two threads here")
+    assert "VMM and guest take 9000 us in fused and 9000 in rpc, the way there 100 and 300" in told["vcpu_plus_minus"]
+    assert "turn" not in told["get_state"]
     assert told["qemu"] == "left out"
     assert "nobody in it is left to notice" in told["fused notice_ms"]
     assert not set(ACTIONS) & set(figures({"fused": [run(1.0)], "rpc": [run(30.0)]}, FLOOR, {}, {}).limits)
@@ -176,13 +194,14 @@ def test_what_is_less_than_ten_times_as_quick_is_explained_by_the_floor() -> Non
 
 def test_late_notice_missing_actions_and_another_count_are_told() -> None:
     late = run(50.0, 3, notice_ms={"runtime": 5.0, "qemu": 250.0}, cleanup_ms={"runtime": 5.0, "qemu": 400.0})
-    few = replace(late, action_us={"pause_resume": [9.0]}, calls_by=BY_IO)
+    few = replace(late, action_us={"pause_resume": [9.0]}, way_us={}, calls_by=BY_IO)
     told = figures({"fused": [run(1.0)], "rpc": [run(30.0)], "qemu": [few]}, FLOOR, {}, {})
 
     assert told.limits["qemu notice_ms"] == "later than 100 ms: qemu 250 ms"
-    assert told.limits["qemu action_us"].startswith("without get_state, get_state_awaited, share_add_remove")
+    assert told.limits["qemu action_us"].startswith("without get_state, get_state_awaited, nothing_to_change, share")
     assert "reads and writes" in told.limits["system_calls_per_action"]
     table = fused_table(told)
     assert re.search(r"^get_state, µs +1 +30 +30$", table, re.MULTILINE)
+    assert re.search(r"^  VMM and guest, µs +9000 +9000 +1$", table, re.MULTILINE)
     assert re.search(r"^qemu killed, noticed after, ms +250$", table, re.MULTILINE)
     assert "a message of one byte and its answer, µs: thread 40, socket 10" in table
