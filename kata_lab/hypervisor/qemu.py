@@ -12,22 +12,22 @@ Either process that dies ends the VM; both end with this one. What a guest has h
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import contextlib
 import os
 import socket
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from kata_lab.hypervisor import qemu_machine
 from kata_lab.hypervisor.acting import SHARE, told
 from kata_lab.hypervisor.base import Hypervisor, HypervisorConfig, HypervisorError
 from kata_lab.hypervisor.qemu_control import DRAIN_SECONDS, Event, QemuControl, require_library
 from kata_lab.hypervisor.qemu_process import SHUT_DOWN, QemuProcess, find_program
+from kata_lab.hypervisor.vm_end import end_of_vm
 from vmm.actions import ManipulateFsBackend
 from vmm.config import BlockConfig, DeviceConfig, FsConfig, NetworkConfig, VsockConfig
 from vmm.console import Console
@@ -39,6 +39,8 @@ from vmm.vhost.control import control_path
 if TYPE_CHECKING:
     from vmm.network.passt import PasstPort
     from vmm.vhost.process import FsProcess
+
+T = TypeVar("T")
 
 STALL_SECONDS: Final = 10.0  #: without a page more or less, a change of memory is given up
 SHARE_SECONDS: Final = 30.0  #: that the file system process may take to add or remove a share
@@ -92,13 +94,12 @@ class QemuHypervisor(Hypervisor):
         self._control: QemuControl | None = None
         self._console = Console()
         self._trace = Trace()
-        self._followers: set[asyncio.Task[None]] = set()
+        self._followers: set[asyncio.Task[Any]] = set()
         self._ports = {number: _Port() for number in qemu_machine.AGENT_PORTS}
         self._threads: dict[str, int] = {}
         self._memory_mib = 0
         self._moved = asyncio.Event()
         self._end: asyncio.Future[str] | None = None
-        self._files_end: concurrent.futures.Future[str] | None = None
         self._ending: Event | None = None  # QEMU's own word of it
         self._stopped_by_us = False
         self._started_at = self._ended_at = 0.0
@@ -123,7 +124,6 @@ class QemuHypervisor(Hypervisor):
         self._making = asyncio.ensure_future(asyncio.to_thread(self._make, config))
         try:
             self._made = await asyncio.shield(self._making)
-            self._files_end = self._made.files.ended if self._made.files is not None else None
             self._follow(self._follow_console(self._made.console), "console")
             await self._connect(self._made)
         except BaseException:
@@ -184,7 +184,8 @@ class QemuHypervisor(Hypervisor):
             await asyncio.wait({ended}, timeout=DRAIN_SECONDS)
             why = ended.result() if ended.done() else error
             raise HypervisorError(f"the VM cannot be made: {why}") from error
-        self._follow(self._follow_end(ended), "QEMU")
+        qemu = self._follow(self._follow_qemu(ended), "QEMU")
+        self._follow(self._follow_end(qemu, vm.files), "end")
         for cpu in await self._control.execute("query-cpus-fast"):
             self._threads[f"vcpu-{cpu['cpu-index']}"] = int(cpu["thread-id"])
         self._memory_mib = vm.config.memory_mib
@@ -207,17 +208,9 @@ class QemuHypervisor(Hypervisor):
             await self.wait_vm()
 
     async def wait_vm(self) -> str:
-        files, end = self._vm.files, self._end
-        assert end is not None
-        ends: list[asyncio.Future[str]] = [asyncio.ensure_future(asyncio.shield(end))]
-        if files is not None:
-            ends.append(asyncio.wrap_future(files.ended))
-        try:
-            done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for each in ends:
-                each.cancel()
-        return next(each for each in ends if each in done).result()
+        _ = self._vm
+        assert self._end is not None
+        return await asyncio.shield(self._end)
 
     async def pause_vm(self) -> None:
         await self._ask("stop")
@@ -226,10 +219,7 @@ class QemuHypervisor(Hypervisor):
         await self._ask("cont")
 
     def ended(self) -> str | None:
-        for end in (self._end, self._files_end):
-            if end is not None and end.done():
-                return end.result()
-        return None
+        return self._end.result() if self._end is not None and self._end.done() else None
 
     async def cleanup(self) -> None:
         making, self._making, self._made = self._making, None, None
@@ -311,16 +301,19 @@ class QemuHypervisor(Hypervisor):
 
     async def _arrive(self, memory_mib: int) -> None:
         """Wait for the guest's balloon, as long as it gets on."""
-        before = None
-        while (now := int((await self._ask("query-balloon"))["actual"])) != memory_mib << 20:
-            if now == before:
-                raise HypervisorError(f"the guest stays at {now >> 20} MiB of memory and does not go to {memory_mib}")
-            before = now
-            # QEMU tells once a second at most.
-            with contextlib.suppress(TimeoutError):
+        while (now := await self._memory()) != memory_mib << 20:
+            try:
                 async with asyncio.timeout(STALL_SECONDS):
-                    await self._moved.wait()
+                    await self._moved.wait()  # QEMU tells once a second at most
+            except TimeoutError:
+                if await self._memory() == now:
+                    raise HypervisorError(
+                        f"the guest stays at {now >> 20} MiB of memory and does not go to {memory_mib}"
+                    ) from None
             self._moved.clear()
+
+    async def _memory(self) -> int:
+        return int((await self._ask("query-balloon"))["actual"])
 
     async def add_device(self, device: DeviceConfig) -> str:
         raise HypervisorError(f"{_PLUGGED} virtio-mmio devices: name {device.name!r} when the sandbox is made")
@@ -400,10 +393,11 @@ class QemuHypervisor(Hypervisor):
                     with contextlib.suppress(OSError):
                         connection.shutdown(socket.SHUT_RDWR)
 
-    def _follow(self, work: Any, name: str) -> None:
+    def _follow(self, work: Coroutine[Any, Any, T], name: str) -> asyncio.Task[T]:
         task = asyncio.create_task(work, name=f"follow-{name}")
         self._followers.add(task)
         task.add_done_callback(self._followers.discard)
+        return task
 
     async def _follow_console(self, console: socket.socket) -> None:
         loop = asyncio.get_running_loop()
@@ -412,13 +406,17 @@ class QemuHypervisor(Hypervisor):
                 self._trace.console_output(data)
                 self._console.feed(data)
 
-    async def _follow_end(self, ended: asyncio.Future[str]) -> None:
+    async def _follow_qemu(self, ended: asyncio.Future[str]) -> str:
         how = await ended
         self._ended_at = time.monotonic()
         assert self._control is not None
         await self._control.drained()
+        return self._sentence(how)
+
+    async def _follow_end(self, qemu: asyncio.Future[str], files: FsProcess | None) -> None:
+        how = await end_of_vm(qemu, files)
         assert self._end is not None
-        self._end.set_result(self._sentence(how))
+        self._end.set_result(how)
 
     def _sentence(self, how: str) -> str:
         """Why there is no guest any more, of a QEMU that ended in the way that ``how`` says."""

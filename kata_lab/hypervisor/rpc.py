@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 
 from kata_lab.hypervisor.acting import SHARE, ActingHypervisor, compile_hart, told, vm_config
 from kata_lab.hypervisor.base import HypervisorConfig, HypervisorError
+from kata_lab.hypervisor.vm_end import end_of_vm
 from vmm import actions
 from vmm.config import DeviceConfig, FsConfig
 
@@ -77,15 +78,11 @@ class RpcHypervisor(ActingHypervisor):
             self._made = made.pop_all()
 
     async def wait_vm(self) -> str:
-        ends: list[asyncio.Future[str]] = [asyncio.ensure_future(super().wait_vm())]
-        if self._files is not None:
-            ends.append(asyncio.wrap_future(self._files.ended))
+        vmm = asyncio.ensure_future(super().wait_vm())
         try:
-            done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            return await end_of_vm(vmm, self._files)
         finally:
-            for each in ends:
-                each.cancel()
-        return next(iter(done)).result()
+            vmm.cancel()
 
     async def dial(self, port: int) -> socket.socket:
         with told():

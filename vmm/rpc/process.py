@@ -88,6 +88,11 @@ class ServerProcess:
         self._ended.add_done_callback(pass_on)
         return given
 
+    @property
+    def status(self) -> int | None:
+        """With what status the process ended, -n after signal n; None while it has not."""
+        return self._process.returncode
+
     def _await_ready(self, timeout: float) -> None:
         in_time = self._ready.wait(timeout)
         if self._ended.done():

@@ -1,6 +1,6 @@
 """``python -m vmm.vhost.fs SOCKET``: shared directories served by a process of their own, as Kata 2 runs virtiofsd.
 
-It waits for one front end at the socket, serves it, and ends with it. Like a VMM process it ends with whoever started
+It waits for one front end at the socket, serves it, and ends well with it alone. Like a VMM process it ends with whoever started
 it, too (:mod:`vmm.rpc.process`). Its control channel is :mod:`vmm.vhost.control`.
 """
 
@@ -69,7 +69,7 @@ class FsServer:
 
     def _alone(self) -> None:
         if self._back_end is None:
-            self.end()
+            self.end(f"no front end came within {FRONT_END_SECONDS:g} s")
 
     def _accept(self) -> None:
         try:
@@ -101,7 +101,7 @@ async def serve(path: Path, config: FsConfig) -> None:
         server, control = FsServer(listener, share), ControlServer(control_listener, share)
         loop = asyncio.get_running_loop()
         on_orphaned(loop, server.end)
-        loop.add_signal_handler(signal.SIGTERM, server.end)
+        loop.add_signal_handler(signal.SIGTERM, server.end, "it was told to by SIGTERM")
         await control.start()
         stack.callback(control.close)
         await server.run()

@@ -22,15 +22,28 @@ async def _carry(source, target):
     target.close()
 
 
+def _begin(sandbox, connection):
+    ours, theirs = linux.open_terminal()
+    terminal = Stream(ours)
+    try:
+        # The shell ends with its terminal.
+        shell = sandbox.children.spawn(_SHELL, _ENVIRONMENT, (theirs, theirs, theirs), True)
+    except OSError:
+        terminal.close()
+        raise
+    finally:
+        linux.close(theirs)
+    asyncio.create_task(_carry(connection, terminal))
+    asyncio.create_task(_carry(terminal, connection))
+    sandbox.log("info", f"debug console is process {shell.number}")
+
+
 async def serve(sandbox):
     listener = await listen(PORT)
     while True:
         connection = await listener.accept()
-        ours, theirs = linux.open_terminal()
-        terminal = Stream(ours)
-        # The shell ends with its terminal.
-        shell = sandbox.children.spawn(_SHELL, _ENVIRONMENT, (theirs, theirs, theirs), True)
-        linux.close(theirs)
-        asyncio.create_task(_carry(connection, terminal))
-        asyncio.create_task(_carry(terminal, connection))
-        sandbox.log("info", f"debug console is process {shell.number}")
+        try:
+            _begin(sandbox, connection)
+        except OSError as error:
+            connection.close()
+            sandbox.log("error", f"no debug console: {linux.explain(error)}")

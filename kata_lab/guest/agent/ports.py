@@ -5,6 +5,7 @@ A port is a device of the name ``kata.agent.<number>`` that carries one connecti
 closing it tells the host.
 """
 
+import asyncio
 import os
 import select
 
@@ -13,6 +14,7 @@ from streams import Stream
 
 _NAME = "kata.agent."
 _NAMES = "/sys/class/virtio-ports"
+_BUSY_SECONDS = 0.005
 
 
 class PortStream(Stream):
@@ -52,9 +54,19 @@ class PortListener:
         if self._stream is not None:
             await self._stream.hung_up()
             self._stream.close()
-        self._stream = PortStream(linux.open_file(self._path, linux.O_RDWR | linux.O_NONBLOCK))
+        self._stream = PortStream(await self._open())
         await self._stream.connected()
         return self._stream
+
+    async def _open(self):
+        """Its descriptor, once a process that was forked meanwhile is a program of its own and has it no more."""
+        while True:
+            try:
+                return linux.open_file(self._path, linux.O_RDWR | linux.O_NONBLOCK)
+            except OSError as error:
+                if error.args[0] != linux.EBUSY:
+                    raise
+            await asyncio.sleep(_BUSY_SECONDS)
 
 
 def find(number):

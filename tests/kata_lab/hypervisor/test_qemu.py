@@ -132,7 +132,7 @@ def test_end_of_the_guest_is_told(loop: Loop, config: HypervisorConfig, words: s
 
 @pytest.fixture(scope="module")
 def guest(loop: Loop) -> Iterator[Guest]:
-    sandbox = Sandbox.create(hypervisor="qemu", rootfs="fs", append="agent.debug_console")
+    sandbox = Sandbox.create(hypervisor="qemu", rootfs="fs", append="agent.debug_console", max_memory_mib=320)
     try:
         loop(sandbox.start())
         yield Guest(sandbox, loop)
@@ -192,15 +192,27 @@ def test_what_cannot_be_plugged_is_refused(guest: Guest, tmp_path: Path) -> None
     for work, complaint in (
         (hypervisor.add_device(BlockConfig(name="disk", path=tmp_path)), "has no hotplug of virtio-mmio devices"),
         (hypervisor.remove_device("scratch"), "'scratch' stays for as long as the guest runs"),
-        (hypervisor.remove_device("disk"), "has no device 'disk'; it has agent, shared, scratch, entropy"),
+        (hypervisor.remove_device("disk"), "has no device 'disk'; it has agent, shared, scratch, entropy, balloon"),
         (hypervisor.update_device("entropy"), "'entropy' is of kind 'rng'; only a disk can have another size"),
         (hypervisor.resize_vcpu(2), "has no hotplug of vCPUs: the sandbox has 1 and cannot have 2"),
-        (hypervisor.resize_memory(512), "memory_mib is 512, it must be from 1 to 256"),
+        (hypervisor.resize_memory(512), "memory_mib is 512, it must be from 1 to 320"),
     ):
         with pytest.raises(HypervisorError, match=complaint):
             guest.wait(work)
     with pytest.raises(HypervisorError, match="cannot open a connection to port 9 of the host: it has no vsock"):
         hypervisor.listen(9, print)
+
+
+def test_guest_that_gives_up_no_memory_is_told(guest: Guest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kata_lab.hypervisor.qemu.STALL_SECONDS", 0.3)
+    hypervisor = guest.sandbox.hypervisor
+
+    guest.wait(hypervisor.pause_vm())
+    with pytest.raises(HypervisorError, match="the guest stays at 256 MiB of memory and does not go to 200"):
+        guest.wait(hypervisor.resize_memory(200))
+    guest.wait(hypervisor.resume_vm())
+
+    assert guest.wait(hypervisor.resize_memory(256)) == 256
 
 
 def test_agent_that_dies_is_a_lost_agent(guest: Guest) -> None:
