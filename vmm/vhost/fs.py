@@ -1,7 +1,7 @@
 """``python -m vmm.vhost.fs SOCKET``: shared directories served by a process of their own, as Kata 2 runs virtiofsd.
 
-It waits for one front end at the socket, serves it, and ends well with it alone. Like a VMM process it ends with whoever started
-it, too (:mod:`vmm.rpc.process`). Its control channel is :mod:`vmm.vhost.control`.
+It waits for one front end at the socket, serves it, and ends with it, with status 0 then alone. Like a VMM process it
+ends with whoever started it, too (:mod:`vmm.rpc.process`). Its control channel is :mod:`vmm.vhost.control`.
 """
 
 from __future__ import annotations
