@@ -29,6 +29,7 @@ class Crun:
 
     def path(self, what):
         """A name for a file or socket that nobody else uses."""
+        linux.make_directories(PLACE)
         self._number += 1
         return f"{PLACE}/{what}{self._number}"
 
@@ -38,7 +39,6 @@ class Crun:
         It raises RpcError with crun's own words. If the task is cancelled, crun is killed.
         """
         if self._program is None:
-            linux.make_directories(PLACE)
             self._program = f"/proc/self/fd/{linux.sealed_copy(PROGRAM)}"
         while self._running >= _AT_ONCE:
             self._changed.clear()
