@@ -95,14 +95,16 @@ class Memory:
         Args:
             found: the processes.
             guest_bytes: size of the guest's memory: where no file without a name holds it, as if it is shared, it is
-                the mapping without a file that is at least so large.
+                the smallest mapping without a file that is at least so large. (The hart's decoded instructions have a
+                larger one.)
         """
         mappings = [(part.name, *each) for part in found for each in _mappings(part.pid)]
         shared = any(path.startswith(_SHARED_MEMORY) for _, path, _, _ in mappings)
+        size_of_guest = min((size for _, path, size, _ in mappings if not path and size >= guest_bytes), default=0)
         processes: Counter[str] = Counter({part.name: 0 for part in found})
         kinds: Counter[str] = Counter({"guest": 0, "files": 0, "anonymous": 0})
         for name, path, size, pss in mappings:
-            guest = path.startswith(_SHARED_MEMORY) if shared else not path and size >= guest_bytes
+            guest = path.startswith(_SHARED_MEMORY) if shared else not path and size == size_of_guest
             kinds["guest" if guest else "files" if path.startswith("/") else "anonymous"] += pss
             processes[name] += pss
         return cls(dict(processes), dict(kinds))

@@ -85,7 +85,9 @@ def test_memory_is_told_by_process_and_by_what_it_is_for(runtimes: dict[str, Run
 
     assert f"fused: {memories['fused'].total / 1e6:.0f} MB, of which the guest's memory" in told
     assert f"vmm {memories['rpc'].processes['vmm'] / 1e6:.0f}" in told
-    assert all(memory.kinds["guest"] > 20e6 for memory in memories.values())
+    # The same guest has touched the same pages, and what the hart has decoded is not its memory.
+    guests = [memory.kinds["guest"] for memory in memories.values()]
+    assert 20e6 < max(guests) < 1.2 * min(guests)
 
 
 def test_a_killed_part_ends_the_sandbox_and_a_killed_runtime_everything(runtimes: dict[str, RuntimeProcess]) -> None:
