@@ -128,6 +128,7 @@ system-test: system-demo
 	need umoci 'unpacks images, a referee of ours' command -v umoci
 	need crun 'runs bundles, a referee of ours' command -v crun
 	need busybox-static 'is the programs of those bundles' command -v busybox
+	need chromium 'shows the notebooks, to look at what a person sees' command -v chromium
 	install_needed
 
 $(VENV)/.made: | system-demo

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Final
 
@@ -164,8 +165,8 @@ def record_table(records: Sequence[HotplugRecord]) -> Table:
 class HotplugControls:
     """Sliders for vCPUs and memory of a running sandbox, moved by hand or by :meth:`set`.
 
-    In a notebook with ipywidgets, showing the object draws sliders; each move is a request, made on the notebook's
-    event loop, and the line beneath says what the guest has since. Elsewhere that line is what is shown.
+    In a notebook with ipywidgets, showing the object draws sliders; each move is a request, made on the event loop of
+    the cell that showed it, and the line beneath says what the guest has since. Elsewhere that line is what is shown.
 
     Args:
         sandbox: one that runs on this event loop.
@@ -175,9 +176,12 @@ class HotplugControls:
     def __init__(self, sandbox: Sandbox, changed: Callable[[str], object] | None = None) -> None:
         self._sandbox = sandbox
         self._changed = changed
-        self._tasks: set[asyncio.Task[Any]] = set()
+        self._asked: set[Future[None]] = set()
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._box: Any = None
         self._line: Any = None
+        self._sliders: tuple[Any, ...] = ()
+        self._following = False
         self.status = self._told()
 
     def _told(self) -> str:
@@ -193,13 +197,14 @@ class HotplugControls:
             self.status = f"{error}; the guest has {self._told()}"
         if self._line is not None:
             self._line.value = self.status
+            self._follow()
         if self._changed is not None:
             self._changed(self.status)
 
     async def settled(self) -> None:
         """Wait until every request that a slider made is answered."""
-        while self._tasks:
-            await asyncio.wait(tuple(self._tasks))
+        while self._asked:
+            await asyncio.wait([asyncio.wrap_future(each) for each in tuple(self._asked)])
 
     def widget(self) -> Any:
         """The sliders.
@@ -210,6 +215,7 @@ class HotplugControls:
         if not widgets_can_run():
             raise LabError("sliders need a notebook and the package ipywidgets; use set() instead")
         if self._box is None:
+            self._loop = asyncio.get_running_loop()
             self._box = self._make()
         return self._box
 
@@ -225,14 +231,28 @@ class HotplugControls:
         )
         vcpus.observe(lambda change: self._begin(vcpus=change["new"]), "value")
         memory.observe(lambda change: self._begin(memory_mib=change["new"]), "value")
+        self._sliders = (vcpus, memory)
         self._line = ipywidgets.Label(self.status)
         return ipywidgets.VBox([vcpus, memory, self._line])
 
     def _begin(self, **wish: int) -> None:
+        """A slider was moved: on the kernel's main thread, or on that of a subshell."""
+        if self._following or self._loop is None:
+            return
         self._line.value = "asking the guest…"
-        task = asyncio.get_running_loop().create_task(self.set(**wish))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        asked = asyncio.run_coroutine_threadsafe(self.set(**wish), self._loop)
+        self._asked.add(asked)
+        asked.add_done_callback(self._asked.discard)
+
+    def _follow(self) -> None:
+        """Let the sliders stand where the guest is, which is no request."""
+        size = self._sandbox.size
+        self._following = True
+        try:
+            for slider, value in zip(self._sliders, (size.vcpus, size.memory_mib), strict=True):
+                slider.value = value
+        finally:
+            self._following = False
 
     def __repr__(self) -> str:
         return self.status

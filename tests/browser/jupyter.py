@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -148,7 +149,12 @@ class Notebook:
 
     def said(self, number: int) -> str:
         """The text of a cell's output."""
-        return self.cell(number).locator(".jp-OutputArea-output").first.inner_text()
+        return self.cell(number).locator(".jp-OutputArea-output").first.inner_text().strip()
+
+    def save(self) -> None:
+        """Save the notebook; returns when that is done."""
+        with self.page.expect_response(lambda each: each.request.method == "PUT" and "contents" in each.url):
+            self.page.get_by_role("button", name=re.compile("^Save and")).first.click()
 
     def screenshot(self, name: str) -> Path:
         """Keep a picture of the page."""
