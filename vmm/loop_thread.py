@@ -8,15 +8,19 @@ import threading
 
 
 class LoopThread:
-    """A thread that runs an event loop. It can be stopped even if an exception cut its start short, as Ctrl-C does."""
+    """A thread that runs an event loop. It can be stopped even if an exception cut its start short, as Ctrl-C does.
+
+    Args:
+        name: the thread's.
+    """
 
     _START_SECONDS = 1.0  #: a thread that was started runs by then
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = "vm-loop") -> None:
         self._ready = threading.Event()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._leave: asyncio.Event | None = None
-        self.thread = threading.Thread(target=lambda: asyncio.run(self._live()), name="vm-loop", daemon=True)
+        self.thread = threading.Thread(target=lambda: asyncio.run(self._live()), name=name, daemon=True)
 
     def start(self) -> asyncio.AbstractEventLoop:
         """Start the thread; returns when the loop runs."""

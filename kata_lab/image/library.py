@@ -59,7 +59,7 @@ def image_files(format: str) -> set[str]:
 
 
 class Hold:
-    """Keeps an image's files where they are, until nobody refers to it any more.
+    """Keeps an image's files where they are, until it is released or nobody refers to it any more.
 
     Args:
         directory: of the image.
@@ -70,7 +70,8 @@ class Hold:
 
     def __init__(self, directory: Path) -> None:
         descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        weakref.finalize(self, os.close, descriptor)
+        #: Let the files go; a second call does nothing.
+        self.release = weakref.finalize(self, os.close, descriptor)
         # Whoever removes it has a lock of its own meanwhile.
         fcntl.flock(descriptor, fcntl.LOCK_SH)
         if not os.path.samestat(os.fstat(descriptor), directory.stat()):
@@ -92,6 +93,11 @@ class Image:
     directory: Path
     manifest: Mapping[str, Any]
     hold: Hold | None = field(default=None, repr=False, compare=False)
+
+    def release(self) -> None:
+        """Let its files go, which may be removed from now on."""
+        if self.hold is not None:
+            self.hold.release()
 
     @property
     def name(self) -> str:

@@ -24,10 +24,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 from kata_lab.agent.client import LOG_PORT, RPC_PORT, AgentClient
 from kata_lab.errors import KataLabError
-from kata_lab.hypervisor import Hypervisor, HypervisorConfig, make_hypervisor
+from kata_lab.hypervisor import Hypervisor, make_hypervisor
 from kata_lab.resource.network import network_behind_passt
 from kata_lab.resource.rootfs import BlockRoot, DirectoryRoot, LayeredRoot, RootFs
-from kata_lab.resource.scratch import SERIAL, make_raw_scratch, make_scratch
 from kata_lab.resource.sizing import SandboxSize
 from kata_lab.runtime.capacity import Capacity
 from kata_lab.runtime.completion import completed, ended
@@ -36,15 +35,15 @@ from kata_lab.runtime.container import Container, ContainerState
 from kata_lab.runtime.errors import RuntimeFault, first_error
 from kata_lab.runtime.greeting import NAME_FILES, NAMES, Greeting, greet
 from kata_lab.runtime.logs import follow_agent_log, logger_of
+from kata_lab.runtime.preparation import Preparation
 from kata_lab.runtime.record_writer import RecordWriter
 from kata_lab.runtime.shares import ShareTable
 from kata_lab.runtime.state import ProcessIdentity, SandboxRecord, StateDirectory, check_name
 from kata_lab.ttrpc import RpcError
-from vmm.config import BalloonConfig, BlockConfig, DeviceConfig, EntropyConfig, FsConfig, VsockConfig
 
 if TYPE_CHECKING:
-    from kata_lab.image.library import Image
     from kata_lab.oci import ImageHandle
+    from vmm.config import DeviceConfig
 
 START_VM_SECONDS: Final = 10.0
 CONNECT_AGENT_SECONDS: Final = 60.0  #: from the VM's start; a guest on a slow or busy machine boots in some seconds
@@ -85,7 +84,6 @@ class Sandbox:
         most = SandboxSize(self.config.max_vcpus or size.vcpus, self.config.max_memory_mib or size.memory_mib)
         self._capacity = Capacity(size, most, hypervisor, self.log)
         self._disks: dict[str, str] = {}  # image → serial number
-        self._image: Image | None = None  # whose files are held until the VM is made of them
         self._watches: set[asyncio.Task[None]] = set()
         self._starting: asyncio.Task[None] | None = None
         self._ending: asyncio.Task[None] | None = None
@@ -200,14 +198,16 @@ class Sandbox:
     async def _start(self) -> None:
         self._check_socket_path()
         await completed(self._make_directory())
-        async with asyncio.TaskGroup() as group:
-            preparing = group.create_task(self._prepare())
-            group.create_task(self.hypervisor.load())
-        self.mark("prepared")
-        self._undo.push_async_callback(self.hypervisor.cleanup)
-        await self.hypervisor.prepare_vm(preparing.result())
-        await self.hypervisor.start_vm(START_VM_SECONDS)
-        self._image = None
+        form, most = self.hypervisor.disk_format, self._capacity.most
+        preparation = Preparation(self.config, self.directory, form, most, self._disks)
+        async with contextlib.AsyncExitStack() as held:
+            async with asyncio.TaskGroup() as group:
+                preparing = group.create_task(preparation.prepare(held))
+                group.create_task(self.hypervisor.load())
+            self.mark("prepared")
+            self._undo.push_async_callback(self.hypervisor.cleanup)
+            await self.hypervisor.prepare_vm(preparing.result())
+            await self.hypervisor.start_vm(START_VM_SECONDS)
         self.mark("VM runs")
         async with asyncio.TaskGroup() as group:
             group.create_task(asyncio.to_thread(_import_oci))
@@ -241,49 +241,6 @@ class Sandbox:
         path = self.directory / "vsock"
         if len(os.fsencode(path)) + 6 > MAX_SOCKET_PATH:
             raise RuntimeFault(f"the path {path} is too long for a socket; set KATA_LAB_HOME to a shorter directory")
-
-    async def _prepare(self) -> HypervisorConfig:
-        from kata_lab.image.build import build_named
-
-        # This may take minutes, and leaves nothing in the sandbox's directory: a cancellation does not wait for it.
-        image = self._image = await asyncio.to_thread(build_named, self.config.image)
-        scratch = self.config.scratch or self.directory / "scratch"
-        devices: list[DeviceConfig] = [
-            VsockConfig(name="agent", socket=self.directory / "vsock"),
-            FsConfig(name="shared", tag="kataShared", cache="auto"),
-            BlockConfig(name="scratch", path=scratch, format=self.hypervisor.disk_format, serial=SERIAL),
-            EntropyConfig(name="entropy"),
-        ]
-        make = make_raw_scratch if self.hypervisor.disk_format == "raw" else make_scratch
-        await completed(asyncio.to_thread(make, scratch, self.config.scratch is not None))
-        for reference in self.config.images:
-            devices.append(await asyncio.to_thread(self._prepare_disk, reference))
-        if self.config.network is not None:
-            devices.append(self.config.network)
-        if self._capacity.most.memory_mib > self.config.memory_mib:
-            devices.append(BalloonConfig(name="balloon"))
-        return HypervisorConfig(
-            kernel=image.kernel,
-            initrd=image.root,
-            cmdline=f"{image.append} {self.config.append}".strip(),
-            vcpus=self.config.vcpus,
-            memory_mib=self.config.memory_mib,
-            max_vcpus=self.config.max_vcpus,
-            max_memory_mib=self.config.max_memory_mib,
-            devices=devices,
-            trace=self.config.trace,
-        )
-
-    def _prepare_disk(self, reference: str) -> BlockConfig:
-        from kata_lab.oci import open_image
-        from kata_lab.resource.image_disk import image_disk, image_serial
-
-        with contextlib.closing(open_image(reference)) as image:
-            path, serial = image_disk(image), image_serial(image)
-        if serial in self._disks.values():
-            raise RuntimeFault(f"images names {reference!r}, which is the same image as another one; leave it out")
-        self._disks[reference] = serial
-        return BlockConfig(name=serial, path=path, read_only=True, serial=serial)
 
     # Containers.
 

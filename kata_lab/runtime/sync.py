@@ -22,6 +22,7 @@ from kata_lab.runtime import process as processes
 from kata_lab.runtime import sandbox as sandboxes
 from kata_lab.runtime.config import RunResult, SandboxConfig, SandboxState
 from kata_lab.runtime.errors import RuntimeFault
+from vmm.loop_thread import LoopThread
 
 if TYPE_CHECKING:
     from kata_lab.oci import ImageHandle
@@ -40,32 +41,26 @@ class _Loop:
         self._lock = threading.Lock()
         self._users = 0
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._leave: asyncio.Event | None = None
-        self._thread: threading.Thread | None = None
+        self._thread: LoopThread | None = None
 
     def enter(self) -> None:
         with self._lock:
             if self._thread is None:
-                ready = threading.Event()
-                live = self._live
-                self._thread = threading.Thread(target=lambda: asyncio.run(live(ready)), name=THREAD, daemon=True)
-                self._thread.start()
-                ready.wait()
+                thread = LoopThread(THREAD)
+                try:
+                    self._loop, self._thread = thread.start(), thread
+                except BaseException:
+                    thread.stop()
+                    raise
             self._users += 1
-
-    async def _live(self, ready: threading.Event) -> None:
-        self._loop, self._leave = asyncio.get_running_loop(), asyncio.Event()
-        ready.set()
-        await self._leave.wait()
 
     def leave(self) -> None:
         with self._lock:
             self._users -= 1
-            if self._users or self._loop is None or self._leave is None or self._thread is None:
+            if self._users or self._thread is None:
                 return
-            self._loop.call_soon_threadsafe(self._leave.set)
-            self._thread.join()
-            self._loop = self._leave = self._thread = None
+            self._thread.stop()
+            self._loop = self._thread = None
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop:
@@ -80,7 +75,7 @@ class _Loop:
         if loop is None:
             coroutine.close()
             raise RuntimeFault("no sandbox is open: use it within its with statement")
-        if threading.current_thread() is self._thread:
+        if self._thread is not None and threading.current_thread() is self._thread.thread:
             coroutine.close()
             raise RuntimeFault("this would wait for the thread that it is called on; use kata_lab.runtime there")
         over = threading.Event()

@@ -32,9 +32,9 @@ SPEC: dict[str, Any] = {
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """State of its own, and an image that costs nothing."""
     monkeypatch.setenv("KATA_LAB_HOME", str(tmp_path / "home"))
-    image = SimpleNamespace(kernel=tmp_path / "kernel", root=tmp_path / "initrd", append="")
+    image = SimpleNamespace(kernel=tmp_path / "kernel", root=tmp_path / "initrd", append="", release=lambda: None)
     monkeypatch.setattr("kata_lab.image.build.build_named", lambda name: image)
-    monkeypatch.setattr(sandbox_module, "make_scratch", lambda path, lasting: path.write_bytes(b""))
+    monkeypatch.setattr("kata_lab.runtime.preparation.make_scratch", lambda path, lasting: path.write_bytes(b""))
     (tmp_path / "rootfs").mkdir()
     return tmp_path
 
@@ -101,7 +101,7 @@ def test_an_image_that_cannot_be_built_is_told(monkeypatch: pytest.MonkeyPatch) 
 def test_a_missing_tool_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from kata_lab.resource.scratch import make_scratch
 
-    monkeypatch.setattr(sandbox_module, "make_scratch", make_scratch)
+    monkeypatch.setattr("kata_lab.runtime.preparation.make_scratch", make_scratch)
     monkeypatch.setattr("shutil.which", lambda *_, **__: None)
 
     async def life() -> None:
