@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import faulthandler
 import shutil
-import sys
 from collections.abc import Callable
 
 import pytest
@@ -16,13 +14,6 @@ PACKAGE_OF = {
     "qemu-system-riscv64": "qemu-system-misc, or qemu-system-riscv since Debian 13",
     "qemu-riscv64-static": "qemu-user-static",
 }
-
-END_SECONDS = 60.0  # that the process may take to end after its last test
-
-
-def pytest_unconfigure() -> None:
-    """A thread that a failed test left behind does not keep the process for ever: it is shown, and the process ends."""
-    faulthandler.dump_traceback_later(END_SECONDS, exit=True, file=sys.__stderr__)
 
 
 @pytest.fixture(scope="session")

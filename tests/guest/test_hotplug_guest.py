@@ -214,7 +214,7 @@ def test_memory_that_the_guest_needs_is_not_taken(guest: Guest) -> None:
         ask(vm, ResizeMemory(96))
 
     assert vm.config.memory_mib == 192
-    assert vm.machine.device("balloon0").target_mib == 128  # type: ignore[attr-defined]
+    assert vm.machine.device("balloon0").target_mib == 128
     shell.run("umount /mnt/ram", check=True)
     assert ask(vm, ResizeMemory(192)).memory_mib == 192
 

@@ -249,13 +249,13 @@ def test_the_guest_opens_connections_and_all_its_bytes_arrive(booted: Booted) ->
         listening.listen(8)
 
         def accept() -> None:
-            workers = [threading.Thread(target=receive, args=listening.accept()[:1]) for _ in range(count)]
+            workers = [threading.Thread(target=receive, args=listening.accept()[:1], daemon=True) for _ in range(count)]
             for worker in workers:
                 worker.start()
             for worker in workers:
                 worker.join(60)
 
-        accepting = threading.Thread(target=accept)
+        accepting = threading.Thread(target=accept, daemon=True)
         accepting.start()
         assert booted.shell.run(f"vsock-peer send {HOST} {blocks} {count}", check=True).output == "sent\n"
         accepting.join(60)

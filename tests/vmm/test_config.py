@@ -19,7 +19,7 @@ def test_defaults_are_one_hart_and_real_time() -> None:
 
 
 def test_paths_may_be_given_as_text() -> None:
-    config = VmConfig(kernel="/boot/Image", initrd="initrd.cpio")  # type: ignore[arg-type]
+    config = VmConfig(kernel="/boot/Image", initrd="initrd.cpio")
 
     assert (config.kernel, config.initrd) == (Path("/boot/Image"), Path("initrd.cpio"))
 

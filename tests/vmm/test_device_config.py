@@ -53,16 +53,16 @@ def test_configuration_is_frozen_and_takes_names_only(kind: str) -> None:
     config = DEVICE_CONFIGS[kind](**LEAST[kind])
 
     with pytest.raises(dataclasses.FrozenInstanceError):
-        config.name = "other"  # type: ignore[misc]
+        config.name = "other"
     with pytest.raises(TypeError):
-        DEVICE_CONFIGS[kind]("disk.img")  # type: ignore[misc]
+        DEVICE_CONFIGS[kind]("disk.img")
 
 
 def test_paths_may_be_given_as_text() -> None:
-    assert BlockConfig(path="a").path == Path("a")  # type: ignore[arg-type]
-    assert VsockConfig(socket="b").socket == Path("b")  # type: ignore[arg-type]
-    assert FsConfig(path="c", tag="t").path == Path("c")  # type: ignore[arg-type]
-    assert NetworkConfig(backend="socket", socket="d").socket == Path("d")  # type: ignore[arg-type]
+    assert BlockConfig(path="a").path == Path("a")
+    assert VsockConfig(socket="b").socket == Path("b")
+    assert FsConfig(path="c", tag="t").path == Path("c")
+    assert NetworkConfig(backend="socket", socket="d").socket == Path("d")
     ports: Any = {"first": None, "second": "e"}
     assert dict(PortsConfig(ports=ports).ports) == {"first": None, "second": Path("e")}
 
