@@ -8,11 +8,13 @@ note       the lab runs without it; the advice tells what it would bring
 missing    the lab cannot run; the advice tells what to do
 =========  ===================================================================
 
-Leaves out whether the network answers: only a build of the guest shows that.
+The last line is one sentence: what this machine lacks, and what works all the same. Leaves out whether the network
+answers, since only a build of a guest shows that; whether a route leads out of this machine is looked at.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import json
@@ -21,7 +23,7 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -29,11 +31,13 @@ from kata_lab.errors import KataLabError
 
 MIB = 1 << 20
 LEAST_MEMORY = 512 * MIB  #: the process with a guest of 256 MiB, and room to compile
+COURSE_MEMORY = 1536 * MIB  #: Jupyter, and one notebook of the course with its guests
 LEAST_DISK = 1024 * MIB  #: packages, the built guest and compiled code take about 350 MiB
 LEAST_PYTHON = (3, 11)
 
 _KVM_API_VERSION = 12
 _KVM_GET_API_VERSION = 0xAE00
+_ROUTE_IS_UP, _ROUTE_REJECTS = 0x1, 0x200  # RTF_UP of route(8), RTF_REJECT
 _UNLIMITED = 1 << 60  # a cgroup's "no limit" is written as a very large number in version 1
 
 
@@ -46,12 +50,14 @@ class Check:
         verdict: "ok", "note" or "missing".
         found: what there is, for a person.
         advice: what to do about it; empty if nothing need be done.
+        lack: in a few words, what many machines have and this one does not; empty if that is nothing.
     """
 
     name: str
     verdict: str
     found: str
     advice: str = ""
+    lack: str = ""
 
 
 def run(as_json: bool) -> int:
@@ -59,15 +65,46 @@ def run(as_json: bool) -> int:
     found = tuple(examine())
     ready = all(check.verdict != "missing" for check in found)
     if as_json:
-        print(json.dumps({"ready": ready, "checks": [asdict(check) for check in found]}, indent=1))
+        print(
+            json.dumps(
+                {"ready": ready, "checks": [asdict(check) for check in found], "summary": sentence(found)}, indent=1
+            )
+        )
     else:
         width = max(len(check.name) for check in found)
         for check in found:
             print(f"{check.verdict:8} {check.name:{width}}  {check.found}")
             if check.advice:
                 print(f"{'':8} {'':{width}}  → {check.advice}")
-        print("this machine can run the lab" if ready else "this machine cannot run the lab yet")
+        print(sentence(found))
     return 0 if ready else 1
+
+
+def sentence(found: Sequence[Check]) -> str:
+    """What the machine lacks, and what works all the same."""
+    missing = [check.name for check in found if check.verdict == "missing"]
+    if missing:
+        return f"this machine cannot run the lab yet: see what is said of {_listed(missing)}"
+    lacks = {check.name: check.lack for check in found if check.lack}
+    if not lacks:
+        return "this machine can run the lab"
+    works = []
+    if "KVM" in lacks or "user" in lacks:
+        works.append("guests run on a CPU that is compiled into this process")
+    unbuilt = any(check.name == "guests" and check.verdict == "note" for check in found)
+    if "network" in lacks and unbuilt:
+        works.append("machines boot, but the guests of sandboxes have to come from a bundle")
+    elif "network" in lacks:
+        works.append("the guests that are built run, and others, such as those of 02-build-a-guest, cannot be built")
+    if "memory" in lacks:
+        works.append("notebooks run one at a time, so shut a kernel down before you open the next one")
+    if "processors" in lacks:
+        works.append("vCPUs take turns")
+    return f"this machine can run the lab, with {_listed(list(lacks.values()))}: {'; '.join(works)}"
+
+
+def _listed(words: Sequence[str]) -> str:
+    return " and ".join([*([", ".join(words[:-1])] if words[1:] else []), *words[-1:]])
 
 
 def examine(root: Path = Path("/")) -> Iterator[Check]:
@@ -76,10 +113,13 @@ def examine(root: Path = Path("/")) -> Iterator[Check]:
     yield check_engine()
     yield from check_compiled_code()
     yield check_kvm(root / "dev/kvm")
+    yield check_user()
+    yield check_network(root)
     yield check_processors(root)
     yield check_memory(root)
     yield from check_places()
     yield from check_guest()
+    yield check_course()
     yield from check_programs()
     yield check_qemu()
 
@@ -125,26 +165,57 @@ def check_compiled_code() -> Iterator[Check]:
 
 def check_kvm(device: Path) -> Check:
     """Whether this process may use KVM, and if not why."""
-    without = "nothing need be done: the lab runs its CPU in this process instead"
+    without, lack = "nothing need be done: the lab runs its CPU in this process instead", "no KVM"
     try:
         descriptor = os.open(device, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
-        return Check("KVM", "note", f"no {device}: no virtualization, or its module is not loaded", without)
+        return Check("KVM", "note", f"no {device}: no virtualization, or its module is not loaded", without, lack)
     except PermissionError:
-        return Check("KVM", "note", f"{device} is not yours to open", f"join its group (often kvm), or {without}")
+        return Check("KVM", "note", f"{device} is not yours to open", f"join its group (often kvm), or {without}", lack)
     except OSError as error:
-        return Check("KVM", "note", f"{device} cannot be opened: {error.strerror}", without)
+        return Check("KVM", "note", f"{device} cannot be opened: {error.strerror}", without, lack)
     import fcntl
 
     try:
         version = fcntl.ioctl(descriptor, _KVM_GET_API_VERSION)
     except OSError as error:
-        return Check("KVM", "note", f"{device} does not answer: {error.strerror}", without)
+        return Check("KVM", "note", f"{device} does not answer: {error.strerror}", without, lack)
     finally:
         os.close(descriptor)
     if version != _KVM_API_VERSION:
-        return Check("KVM", "note", f"{device} speaks API {version}, not {_KVM_API_VERSION}", without)
+        return Check("KVM", "note", f"{device} speaks API {version}, not {_KVM_API_VERSION}", without, lack)
     return Check("KVM", "ok", f"{device} can be opened, API {version}")
+
+
+def check_user(effective: int | None = None) -> Check:
+    """Who runs this; nothing of the lab needs to be root."""
+    number = os.geteuid() if effective is None else effective
+    if number == 0:
+        return Check("user", "ok", "root")
+    return Check("user", "ok", f"number {number}, not root, which nothing here needs", lack="no root")
+
+
+def check_network(root: Path) -> Check:
+    """Whether a route leads out of this machine (proc_net(5): IPv4's and IPv6's tables, in hexadecimal)."""
+    if _leads_out(root / "proc/net/route", 1, 3, 7) or _leads_out(root / "proc/net/ipv6_route", 0, 8, 1):
+        return Check("network", "ok", "a route leads out of this machine")
+    advice = "what is built needs none; for the rest, install from a bundle that kata-lab lab bundle made elsewhere"
+    return Check("network", "note", "no route leads out of this machine", advice, "no network")
+
+
+def _leads_out(table: Path, destination: int, flags: int, mask: int) -> bool:
+    """Whether a table has a default route; the numbers are those of its columns."""
+    try:
+        rows = [line.split() for line in table.read_text().splitlines()]
+    except OSError:
+        return False
+    for row in rows:
+        with contextlib.suppress(ValueError, IndexError):  # the heading of IPv4's table
+            state = int(row[flags], 16)
+            usable = state & _ROUTE_IS_UP and not state & _ROUTE_REJECTS
+            if usable and int(row[destination], 16) == int(row[mask], 16) == 0:
+                return True
+    return False
 
 
 def check_processors(root: Path) -> Check:
@@ -156,7 +227,7 @@ def check_processors(root: Path) -> Check:
         found += f", a cgroup allows {quota:g}"
         count = max(int(quota), 1)
     if count < 2:
-        return Check("processors", "note", found, "guests with several vCPUs run, but take turns")
+        return Check("processors", "note", found, "guests with several vCPUs run, but take turns", "one processor")
     return Check("processors", "ok", found)
 
 
@@ -177,6 +248,9 @@ def check_memory(root: Path) -> Check:
         return Check(
             "memory", "missing", found, f"have {LEAST_MEMORY // MIB} MiB free: end programs or raise the limit"
         )
+    if available < COURSE_MEMORY:
+        advice = "run one notebook at a time, and shut its kernel down before you open the next"
+        return Check("memory", "note", found, advice, f"{available // MIB:,} MiB of memory")
     return Check("memory", "ok", found)
 
 
@@ -269,6 +343,22 @@ def check_guest() -> Iterator[Check]:
     yield check_apt(worst)
     yield _asked("Debian mirror", worst, _mirror)
     yield _asked("Debian keys", worst, _keyring)
+
+
+def check_course() -> Check:
+    """The guests of the notebooks."""
+    from kata_lab.image.library import Library
+    from kata_lab.lab.bundle_content import IMAGES
+
+    try:
+        built = Library().names()
+    except KataLabError as error:
+        return Check("guests", "missing", "unknown", str(error))
+    absent = [name for name in IMAGES if name not in built]
+    if absent:
+        advice = "kata-lab lab prepare builds them now, else each is built when it is first needed"
+        return Check("guests", "note", f"not built yet: {', '.join(absent)}", advice)
+    return Check("guests", "ok", ", ".join(IMAGES))
 
 
 def _built_release() -> str | None:

@@ -50,6 +50,14 @@ def add_arguments(parser: argparse.ArgumentParser, parser_class: type[argparse.A
     export.add_argument("file", nargs="?", default="-", metavar="FILE", help="ends with .json or .csv (default: print)")
     export.add_argument("--name", default="", metavar="NAME", help="yours, if you want to give it")
 
+    prepare = actions.add_parser(
+        "prepare",
+        help="build now what the notebooks need, so that none waits for it",
+        description="Build the guests and compile the CPU that the notebooks need; afterwards they need no network.",
+        allow_abbrev=False,
+    )
+    prepare.add_argument("--all", action="store_true", help="the large guest of 02-build-a-guest too (240 MB)")
+
     bundle = actions.add_parser(
         "bundle",
         help="make one file that sets up a machine like this one without a network",
@@ -81,6 +89,8 @@ def run(options: argparse.Namespace) -> int:
             return _check(options.notebooks, options.json)
         case "hint":
             return _hint(options.exercise)
+        case "prepare":
+            return _prepare(options.all)
         case "bundle":
             return _bundle(Path(options.file))
         case "install":
@@ -207,6 +217,13 @@ def _export(file: str, name: str) -> int:
         raise KataLabError(f"{place} cannot be written ({error.strerror})") from error
     finally:
         partial.unlink(missing_ok=True)
+    return 0
+
+
+def _prepare(everything: bool) -> int:
+    from kata_lab.lab.bundle_content import IF_BUILT, IMAGES, prepare
+
+    prepare((*IMAGES, *IF_BUILT) if everything else IMAGES)
     return 0
 
 

@@ -17,6 +17,7 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
@@ -28,6 +29,7 @@ from kata_lab.image.library import Library
 from kata_lab.image.lock import Lock, lock_path, write_lock
 from kata_lab.image.store import exclusive, publish, scratch, synced
 from kata_lab.paths import cache_directory
+from kata_lab.progress import Progress
 from vmm.errors import VmmError
 
 IMAGES: Final = ("lifsea", "toolbox")  #: that the notebooks need
@@ -36,21 +38,41 @@ IF_BUILT: Final = ("debian",)  #: large, and for one part of one notebook
 _TAG: Final = "busybox:latest"
 
 
+def prepare(images: Sequence[str] = IMAGES) -> None:
+    """Build and compile now what the notebooks would else build and compile when they first need it.
+
+    Raises:
+        KataLabError: it cannot be built, or the disk is full.
+        VmmError: the CPU cannot be compiled.
+    """
+    from kata_lab.image.boot import build_boot_guest
+    from kata_lab.oci import ensure_busybox
+    from vmm.engine.rv64.hart import Rv64Engine
+
+    with Progress("Compiling the hart", total=1) as bar:
+        Rv64Engine.prepare(bar.advance_to)
+    build_boot_guest()
+    for name in images:
+        build_named(name)
+    ensure_busybox().close()
+
+
 def gather(directory: Path) -> None:
     """Write what a bundle carries, out of the cache; what the cache lacks is built first.
 
     Raises:
         KataLabError: it cannot be built, or the disk is full.
+        VmmError: the CPU cannot be compiled.
     """
     from kata_lab.image.boot import build_boot_guest
     from vmm.engine.rv64.library import ensure
 
     library = Library()
     wanted = [*IMAGES, *(name for name in IF_BUILT if name in library.names())]
+    prepare(wanted)
     for part in ("images", "locks", "boot", "code"):
         (directory / part).mkdir(parents=True)
     for name in wanted:
-        build_named(name)
         library.export(name, directory / "images" / f"{name}.tar.gz")
         lock = lock_path(descriptions()[name])
         shutil.copyfile(lock, directory / "locks" / lock.name)

@@ -33,9 +33,10 @@ def test_this_machine_can_run_the_lab(capsys: pytest.CaptureFixture[str], boot_g
     names = [check["name"] for check in told["checks"]]
     assert len(names) == len(set(names))
     assert {"Python", "engine", "compiled CPU", "KVM", "processors", "memory", "cache", "state"} < set(names)
-    assert {"boot guest", "APT", "Debian mirror", "Debian keys", "QEMU"} < set(names)
+    assert {"boot guest", "APT", "Debian mirror", "Debian keys", "guests", "network", "user", "QEMU"} < set(names)
+    assert told["summary"].startswith("this machine can run the lab")
     for check in told["checks"]:
-        assert set(check) == {"name", "verdict", "found", "advice"}
+        assert set(check) == {"name", "verdict", "found", "advice", "lack"}
         assert check["verdict"] in ("ok", "note", "missing")
         assert check["advice"] or check["verdict"] == "ok"
 
@@ -52,7 +53,7 @@ def test_a_machine_without_apt_cannot_build_a_guest(
     assert status == 1
     assert any(line.startswith("missing") and "no apt-get, no apt-cache, no apt-config" in line for line in lines)
     assert any(line.startswith("note") and "no qemu-system-riscv64" in line for line in lines)
-    assert lines[-1] == "this machine cannot run the lab yet"
+    assert lines[-1] == "this machine cannot run the lab yet: see what is said of APT"
 
 
 def test_a_machine_without_apt_that_has_a_built_guest_is_ready_for_it(
@@ -165,3 +166,82 @@ def test_programs_that_sandboxes_use_are_looked_for_in_system_directories_too() 
         "networks of guests need it, where there is no tap: install the package passt",
     )
     assert all(each.endswith(":/usr/sbin:/sbin") for each in asked)
+
+
+IPV4_TABLE = "Iface Destination Gateway Flags RefCnt Use Metric Mask MTU Window IRTT\n"
+ZEROS = "0" * 32
+
+
+def ipv6_route(destination: str, prefix: str, flags: str) -> str:
+    return f"{destination} {prefix} {ZEROS} 00 {ZEROS} 00000400 00000001 00000000 {flags} eth0\n"
+
+
+@pytest.mark.parametrize(
+    ("files", "verdict"),
+    [
+        ({}, "note"),
+        ({"proc/net/route": IPV4_TABLE}, "note"),
+        ({"proc/net/route": f"{IPV4_TABLE}eth0 0000A8C0 00000000 0001 0 0 0 00FFFFFF 0 0 0\n"}, "note"),
+        ({"proc/net/route": f"{IPV4_TABLE}eth0 00000000 0100A8C0 0003 0 0 0 00000000 0 0 0\n"}, "ok"),
+        ({"proc/net/ipv6_route": ipv6_route("fd" + "0" * 30, "40", "00000001")}, "note"),
+        ({"proc/net/ipv6_route": ipv6_route(ZEROS, "00", "00200200")}, "note"),
+        ({"proc/net/ipv6_route": ipv6_route(ZEROS, "00", "00000003")}, "ok"),
+    ],
+)
+def test_a_route_that_leads_out_is_a_network(tmp_path: Path, files: dict[str, str], verdict: str) -> None:
+    found = doctor.check_network(machine(tmp_path, files))
+
+    assert (found.verdict, found.lack) == (verdict, "" if verdict == "ok" else "no network")
+
+
+def test_nothing_but_the_user_changes_without_root() -> None:
+    assert (doctor.check_user(0).verdict, doctor.check_user(0).lack) == ("ok", "")
+    assert (doctor.check_user(1000).verdict, doctor.check_user(1000).lack) == ("ok", "no root")
+
+
+def test_memory_for_one_notebook_is_enough(tmp_path: Path) -> None:
+    found = doctor.check_memory(machine(tmp_path, {"proc/meminfo": meminfo(1000)}))
+
+    assert (found.verdict, found.lack) == ("note", "1,000 MiB of memory")
+    assert "one notebook at a time" in found.advice
+
+
+def test_guests_that_are_not_built_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KATA_LAB_HOME", str(tmp_path))
+
+    found = doctor.check_course()
+
+    assert (found.verdict, found.found) == ("note", "not built yet: lifsea, toolbox")
+    assert "kata-lab lab prepare" in found.advice
+
+
+def test_one_sentence_says_what_is_missing_and_what_works(tmp_path: Path) -> None:
+    little = [
+        doctor.check_kvm(tmp_path / "kvm"),
+        doctor.check_user(1000),
+        doctor.check_network(tmp_path),
+        doctor.check_memory(machine(tmp_path, {"proc/meminfo": meminfo(1400)})),
+    ]
+    unbuilt = doctor.Check("guests", "note", "not built yet: lifsea", "build it")
+
+    assert doctor.sentence([]) == doctor.sentence([unbuilt]) == "this machine can run the lab"
+    assert doctor.sentence(little[:1]) == (
+        "this machine can run the lab, with no KVM: guests run on a CPU that is compiled into this process"
+    )
+    assert doctor.sentence(little) == (
+        "this machine can run the lab, with no KVM, no root, no network and 1,400 MiB of memory: guests run on a CPU "
+        "that is compiled into this process; the guests that are built run, and others, such as those of "
+        "02-build-a-guest, cannot be built; notebooks run one at a time, so shut a kernel down before you open the "
+        "next one"
+    )
+    assert "have to come from a bundle" in doctor.sentence([*little, unbuilt])
+
+
+def test_what_is_missing_is_named_in_the_sentence(tmp_path: Path) -> None:
+    missing = [
+        doctor.check_python((3, 10, 1)),
+        doctor.check_memory(machine(tmp_path, {"proc/meminfo": meminfo(100)})),
+        doctor.check_user(1000),
+    ]
+
+    assert doctor.sentence(missing) == "this machine cannot run the lab yet: see what is said of Python and memory"
