@@ -438,7 +438,7 @@ def _explain(name: str, sides: Mapping[str, Figures], floor: Mapping[str, float]
             f" {rpc.way_us['work']:.0f} in rpc, the way there {fused.way_us['there']:.0f} and"
             f" {rpc.way_us['there']:.0f}, the way back {fused.way_us['back']:.0f} and {rpc.way_us['back']:.0f}"
         )
-    elif not name.startswith("get_state"):
+    elif not name.startswith("get_state") and name != "nothing_to_change":
         parts.append(
             "what may change something waits for its turn on the VM's thread, and if there is nothing to do that takes"
             f" {fused.action_us['nothing_to_change'].median:.0f} us in fused"
