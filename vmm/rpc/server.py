@@ -209,9 +209,10 @@ class ServedVm:
         if printed:
             self._outbox.print(bytes(printed))
         self._tell_milestones(vm)
-        if vm.config is not self._told_config:
-            self._told_config = vm.config
-            self._outbox.put(wire.ConfigurationChanged(vm.config))
+        config, told = vm.config, self._told_config
+        if config is not told and config != told:
+            self._told_config = config
+            self._outbox.put(wire.ConfigurationChanged(config))
         if vm.state is VmState.STOPPED:
             if end is not None and self._told_state is not VmState.STOPPED:
                 self._told_state = VmState.STOPPED
