@@ -5,7 +5,10 @@ Ports are those of vsock, or in a guest without it those of a virtio console (``
 
 import asyncio
 
+import bundle
 import streams
+from interface import MESSAGES
+from requests import Reader
 from rpc import serve
 from sandbox import Sandbox
 
@@ -44,7 +47,7 @@ async def main():
             import console
 
             asyncio.create_task(console.serve(sandbox))
-    await serve(RPC_PORT, sandbox.handlers())
+    await serve(RPC_PORT, sandbox.handlers(), Reader(MESSAGES, bundle.DESCRIBED, bundle.key_of))
 
 
 asyncio.run(main())

@@ -63,7 +63,7 @@ class Container:
         linux.make_directories(self._bundle)
         configuration = bundle.to_configuration(spec, self.id, pid_namespace)
         with open(self._bundle + "/config.json", "w") as file:
-            json.dump(configuration, file)
+            file.write(json.dumps(configuration))  # dump() writes every word on its own
         self._configuration = configuration
         self._namespaces = _entered(configuration)
         process = self.processes[self.id] = Process(self.id, configuration["process"])
@@ -145,7 +145,7 @@ class Container:
         path = self._crun.path("process")
         try:
             with open(path, "w") as file:
-                json.dump(description, file)
+                file.write(json.dumps(description))
             await self._launch(process, ["exec", "--detach", "--process", path, self.id])
         finally:
             os.remove(path)
@@ -154,7 +154,7 @@ class Container:
         path = self._crun.path("resources")
         try:
             with open(path, "w") as file:
-                json.dump(bundle.to_resources(resources), file)
+                file.write(json.dumps(bundle.to_resources(resources)))
             await self._crun.run(["update", "--resources", path, self.id])
         finally:
             os.remove(path)

@@ -9,7 +9,7 @@ import sys
 import linux
 from interface import MESSAGES, METHODS
 from streams import listen
-from wire import WireError, decode, encode
+from wire import WireError, encode
 
 OK, CANCELLED, UNKNOWN, INVALID_ARGUMENT, DEADLINE_EXCEEDED, NOT_FOUND, ALREADY_EXISTS = range(7)
 PERMISSION_DENIED, RESOURCE_EXHAUSTED, FAILED_PRECONDITION, ABORTED, OUT_OF_RANGE, UNIMPLEMENTED = range(7, 13)
@@ -56,9 +56,10 @@ def _varint(value):
 class Connection:
     """One client."""
 
-    def __init__(self, stream, handlers):
+    def __init__(self, stream, handlers, reader):
         self._stream = stream
         self._handlers = handlers
+        self._read_message = reader.read
         self._writing = asyncio.Lock()
         self._tasks = set()
         self._buffer = bytearray(4096)
@@ -132,14 +133,14 @@ class Connection:
         name = "a request"
         try:
             try:
-                request = decode(MESSAGES, "ttrpc.Request", data)
+                request = self._read_message("ttrpc.Request", memoryview(data))
                 data = None
                 name = request["service"] + "/" + request["method"]
                 handler = self._handlers.get(name)
                 if handler is None:
                     raise RpcError(UNIMPLEMENTED, f"the agent has no method {name}")
                 asked, answered = METHODS[name]
-                message = decode(MESSAGES, asked, request["payload"])
+                message = self._read_message(asked, memoryview(request["payload"]))
                 timeout = request["timeout_nano"]
                 request = None
                 answer = await _within(timeout, handler(message))
@@ -217,8 +218,8 @@ async def _within(nanoseconds, waiting):
     return await asyncio.wait_for(waiting, nanoseconds / 1e9)
 
 
-async def serve(port, handlers):
-    """Serve every connection to a port of this guest."""
+async def serve(port, handlers, reader):
+    """Serve every connection to a port of this guest; ``reader`` reads requests (requests.py)."""
     listener = await listen(port)
     while True:
-        asyncio.create_task(Connection(await listener.accept(), handlers).serve())
+        asyncio.create_task(Connection(await listener.accept(), handlers, reader).serve())

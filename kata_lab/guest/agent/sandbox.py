@@ -180,7 +180,7 @@ class Sandbox:
         if name in self.containers:
             raise RpcError(ALREADY_EXISTS, f"there is a container {name!r} already")
         spec = request["OCI"]
-        if spec is None or spec["Process"] is None or spec["Root"] is None:
+        if spec is None or "process" not in spec or "root" not in spec:
             raise RpcError(INVALID_ARGUMENT, "a container needs a configuration with process and root")
         self._give_devices(spec, request["devices"])
         namespace = None
@@ -209,15 +209,15 @@ class Sandbox:
             name = storage.find_disk(device["vm_path"]).rpartition("/")[2]
             with open(f"/sys/class/block/{name}/dev") as file:
                 major, minor = (int(each) for each in file.read().split(":"))
-            place = {"Path": device["container_path"], "Type": "b", "Major": major, "Minor": minor, "FileMode": 0o660}
-            rule = {"Allow": True, "Type": "b", "Major": major, "Minor": minor, "Access": "rwm"}
-            section = spec["Linux"]
+            place = {"path": device["container_path"], "type": "b", "major": major, "minor": minor, "fileMode": 0o660}
+            rule = {"allow": True, "type": "b", "major": major, "minor": minor, "access": "rwm"}
+            section = spec.get("linux")
             if section is None:
                 raise RpcError(INVALID_ARGUMENT, "a container with devices needs a configuration for Linux")
-            kept = [each for each in section["Devices"] if each["Path"] != device["container_path"]]
-            section["Devices"] = kept + [place]
-            if section["Resources"] is not None:
-                section["Resources"]["Devices"].append(rule)
+            kept = [each for each in section.get("devices", ()) if each.get("path") != device["container_path"]]
+            section["devices"] = kept + [place]
+            if "resources" in section:
+                section["resources"].setdefault("devices", []).append(rule)
 
     async def _take_away(self, container):
         self._unwatch(container)

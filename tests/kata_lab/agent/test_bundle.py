@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 
-import kata_lab
 from kata_lab.oci.agent_message import agent_process, agent_resources, agent_spec
 from kata_lab.protocol import proto, wire
+from tests.kata_lab.agent.modules import guest_module
 
 MESSAGES = proto.load("agent.proto").messages
 
@@ -84,57 +83,62 @@ FULL: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def bundle() -> ModuleType:
-    """The guest's module, which needs nothing of MicroPython."""
-    source = (Path(kata_lab.__file__).parent / "guest" / "agent" / "bundle.py").read_text()
-    module = ModuleType("bundle")
-    exec(compile(source, "bundle.py", "exec"), module.__dict__)
-    return module
+    """The guest's module."""
+    return guest_module("bundle")
 
 
-def _through(name: str, message: dict[str, Any]) -> dict[str, Any]:
+@pytest.fixture(scope="module")
+def reader(bundle: ModuleType) -> Any:
+    """Who reads requests in the guest."""
+    return guest_module("requests").Reader(MESSAGES, bundle.DESCRIBED, bundle.key_of)
+
+
+def _through(reader: Any, name: str, message: dict[str, Any]) -> Any:
     """As it comes out at the other side of the wire."""
-    return wire.decode(MESSAGES, name, wire.encode(MESSAGES, name, message))
+    return reader.read(name, memoryview(wire.encode(MESSAGES, name, message)))
 
 
-def test_a_full_configuration_comes_out_as_it_went_in(bundle: ModuleType) -> None:
-    found = bundle.to_configuration(_through("grpc.Spec", agent_spec(FULL)), "name")
+def test_a_full_configuration_comes_out_as_it_went_in(bundle: ModuleType, reader: Any) -> None:
+    found = bundle.to_configuration(_through(reader, "grpc.Spec", agent_spec(FULL)), "name")
     assert found["linux"].pop("cgroupsPath") == "/kata/name"
     assert found == FULL
 
 
-def test_a_small_configuration_gets_what_it_cannot_be_without(bundle: ModuleType) -> None:
+def test_a_small_configuration_gets_what_it_cannot_be_without(bundle: ModuleType, reader: Any) -> None:
     small: dict[str, Any] = {"process": {"args": ["x"], "cwd": "/"}}
-    found = bundle.to_configuration(_through("grpc.Spec", {"Process": {"Args": ["x"]}, "Root": {"Path": "/r"}}), "n")
+    found = bundle.to_configuration(
+        _through(reader, "grpc.Spec", {"Process": {"Args": ["x"]}, "Root": {"Path": "/r"}}), "n"
+    )
     assert found["process"] == {**small["process"], "user": {"uid": 0, "gid": 0}}
     assert found["mounts"] == []
     assert [each["type"] for each in found["linux"]["namespaces"]] == ["pid", "mount", "ipc", "uts"]
 
 
-def test_a_container_shares_the_pid_namespace_it_is_given(bundle: ModuleType) -> None:
-    found = bundle.to_configuration(_through("grpc.Spec", agent_spec(FULL)), "n", "/proc/9/ns/pid")
+def test_a_container_shares_the_pid_namespace_it_is_given(bundle: ModuleType, reader: Any) -> None:
+    found = bundle.to_configuration(_through(reader, "grpc.Spec", agent_spec(FULL)), "n", "/proc/9/ns/pid")
     assert found["linux"]["namespaces"][-2:] == [
         {"type": "uts"},
         {"type": "pid", "path": "/proc/9/ns/pid"},
     ]
 
 
-def test_network_namespaces_without_a_path_and_hooks_are_left_out(bundle: ModuleType) -> None:
+def test_network_namespaces_without_a_path_and_hooks_are_left_out(bundle: ModuleType, reader: Any) -> None:
     spec = agent_spec(FULL)
     spec["Linux"]["Namespaces"] = [{"Type": "network"}, {"Type": "network", "Path": "/x"}, {"Type": "ipc"}]
     spec["Hooks"] = {"Prestart": [{"Path": "/bin/evil"}]}
-    found = bundle.to_configuration(_through("grpc.Spec", spec), "n")
+    found = bundle.to_configuration(_through(reader, "grpc.Spec", spec), "n")
     assert found["linux"]["namespaces"] == [{"type": "network", "path": "/x"}, {"type": "ipc"}]
     assert "hooks" not in found
 
 
-def test_a_process_and_resources_alone_come_out_as_they_went_in(bundle: ModuleType) -> None:
-    process = bundle.to_process(_through("grpc.Process", agent_process(FULL["process"])))
+def test_a_process_and_resources_alone_come_out_as_they_went_in(bundle: ModuleType, reader: Any) -> None:
+    process = bundle.to_process(_through(reader, "grpc.Process", agent_process(FULL["process"])))
     assert process == FULL["process"]
     resources = FULL["linux"]["resources"]
-    assert bundle.to_resources(_through("grpc.LinuxResources", agent_resources(resources))) == resources
+    assert bundle.to_resources(_through(reader, "grpc.LinuxResources", agent_resources(resources))) == resources
 
 
-def test_every_field_of_the_message_is_carried_or_left_out_knowingly(bundle: ModuleType) -> None:
+def test_every_field_of_the_message_is_carried_or_left_out_knowingly(bundle: ModuleType, reader: Any) -> None:
     left_out = {*bundle._DROPPED, "UIDMappings", "GIDMappings", "CgroupsPath", "LeafWeight"}
     carried = set()
 

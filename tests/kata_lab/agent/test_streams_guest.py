@@ -97,16 +97,22 @@ def test_a_client_that_leaves_in_the_middle_of_calls_takes_nothing_with_it(guest
 def test_a_deadline_ends_a_read_and_the_next_one_gets_the_data(guest: AgentGuest) -> None:
     with guest.container(["/bin/cat"]) as container:
 
-        async def late() -> bytes:
+        async def late() -> None:
             for _ in range(3):
                 with pytest.raises(RpcError) as failed:
                     await guest.agent.call("ReadStdout", 0.05, **container.ids(), len=10)
                 assert failed.value.code is StatusCode.DEADLINE_EXCEEDED
+
+        async def next_one() -> bytes:
             await guest.agent.call("WriteStdin", **container.ids(), data=b"late")
             await guest.agent.call("CloseStdin", **container.ids())
             return await _read_all(guest, container, container.id)
 
-        assert guest.run(late()) == b"late"
+        guest.run(late())
+        # The guest's own deadline is over later than ours, but before a process that began after it has slept.
+        container.exec("sleeper", ["/bin/sleep", "1"])
+        assert container.wait("sleeper") == 0
+        assert guest.run(next_one()) == b"late"
 
 
 def test_input_that_nobody_reads_is_refused(guest: AgentGuest) -> None:
