@@ -38,8 +38,10 @@ if TYPE_CHECKING:
     )
     from kata_lab.lab.image_views import difference_table, image_table, size_chart, steps_chart
     from kata_lab.lab.image_workshop import Workshop, seconds_to_services
+    from kata_lab.lab.live_view import LiveView, live
     from kata_lab.lab.machines import Machines
     from kata_lab.lab.memory_view import address_table, draw_touched, touched_bytes
+    from kata_lab.lab.memory_watch import MemoryWatch, memory_over_time
     from kata_lab.lab.picture import Picture, Table
     from kata_lab.lab.process_views import (
         call_path,
@@ -58,6 +60,7 @@ if TYPE_CHECKING:
     from kata_lab.lab.score import Score, hint
     from kata_lab.lab.slot_probe import SlotProbe, Stopped, traced
     from kata_lab.lab.terminal_view import Terminal, terminal
+    from kata_lab.lab.topology_view import sandbox_topology, topology_table
     from kata_lab.lab.tree import draw_tree
     from kata_lab.lab.virtqueue_view import draw_queue, hex_table, walk_table
 
@@ -76,8 +79,10 @@ _HOMES = {
     "hotplug_views": (*("HotplugControls", "Steps", "field_table", "frame_table", "hotplug_timeline", "record_table"),),
     "image_views": ("difference_table", "image_table", "size_chart", "steps_chart"),
     "image_workshop": ("Workshop", "seconds_to_services"),
+    "live_view": ("LiveView", "live"),
     "machines": ("Machines",),
     "memory_view": ("address_table", "draw_touched", "touched_bytes"),
+    "memory_watch": ("MemoryWatch", "memory_over_time"),
     "picture": ("Picture", "Table"),
     "process_views": (
         *("call_path", "crash", "crash_table", "follow_resize", "latency_histograms", "memory_chart"),
@@ -88,6 +93,7 @@ _HOMES = {
     "score": ("Score", "hint"),
     "slot_probe": ("SlotProbe", "Stopped", "traced"),
     "terminal_view": ("Terminal", "terminal"),
+    "topology_view": ("sandbox_topology", "topology_table"),
     "tree": ("draw_tree",),
     "virtqueue_view": ("draw_queue", "hex_table", "walk_table"),
 }
@@ -98,7 +104,9 @@ __all__ = [
     "Feedback",
     "HandDriver",
     "HotplugControls",
+    "LiveView",
     "Machines",
+    "MemoryWatch",
     "Outcome",
     "Picture",
     "QueueView",
@@ -138,7 +146,9 @@ __all__ = [
     "latency_chart",
     "latency_histograms",
     "layer_table",
+    "live",
     "memory_chart",
+    "memory_over_time",
     "milestone_table",
     "process_table",
     "process_tree",
@@ -148,6 +158,7 @@ __all__ = [
     "request_table",
     "run_bare",
     "sandbox_timeline",
+    "sandbox_topology",
     "seconds_to_services",
     "size_chart",
     "slot_table",
@@ -156,6 +167,7 @@ __all__ = [
     "steps_chart",
     "take_steps",
     "terminal",
+    "topology_table",
     "touched_bytes",
     "traced",
     "transcript",

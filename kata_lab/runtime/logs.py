@@ -16,7 +16,7 @@ import contextlib
 import json
 import logging
 import socket
-from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping
 from datetime import UTC, datetime
 from typing import Any, Final, TextIO
 
@@ -32,7 +32,21 @@ _PLAIN: Final = frozenset(vars(logging.LogRecord("", 0, "", 0, "", (), None))) |
 
 
 class SandboxLogger(logging.LoggerAdapter[logging.Logger]):
-    """Puts the sandbox's name into every record, beside what ``extra`` says."""
+    """Puts the sandbox's name into every record, beside what ``extra`` says.
+
+    Attributes:
+        listeners: each is called with every message, whether a handler wants it or not, on the thread that logs.
+    """
+
+    def __init__(self, logger: logging.Logger, extra: Mapping[str, object] | None = None) -> None:
+        super().__init__(logger, extra)
+        self.listeners: list[Callable[[str], object]] = []
+
+    def log(self, level: int, msg: object, *args: object, **kwargs: Any) -> None:
+        """As :class:`logging.LoggerAdapter`."""
+        for listener in tuple(self.listeners):
+            listener(str(msg))
+        super().log(level, msg, *args, **kwargs)
 
     def process(self, msg: Any, kwargs: MutableMapping[str, Any]) -> tuple[Any, MutableMapping[str, Any]]:
         """As :class:`logging.LoggerAdapter`."""

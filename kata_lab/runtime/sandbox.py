@@ -155,6 +155,7 @@ class Sandbox:
     def mark(self, name: str) -> None:
         """Put a moment into the time line; of many, the last ones are kept."""
         self._steps.append((name, time.monotonic()))
+        self.log.debug("reached", extra={"moment": name})
 
     # Start.
 
