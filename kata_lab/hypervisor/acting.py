@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 AnswerT = TypeVar("AnswerT")
 
+ARCHITECTURE = "riscv64"  #: of our harts
 VSOCK = "agent"  #: the name of the vsock device
 SHARE = "shared"  #: the name of the virtio-fs device
 
@@ -111,7 +112,15 @@ class ActingHypervisor(Hypervisor):
 
 
 def vm_config(config: HypervisorConfig, devices: tuple[DeviceConfig, ...]) -> VmConfig:
-    """The VM's configuration, with these devices."""
+    """The VM's configuration, with these devices.
+
+    Raises:
+        HypervisorError: its kernel is for another architecture than our harts.
+    """
+    if config.architecture != ARCHITECTURE:
+        raise HypervisorError(
+            f"the guest's image is for {config.architecture}: take one for {ARCHITECTURE}, or hypervisor='qemu'"
+        )
     return VmConfig(
         kernel=config.kernel,
         initrd=config.initrd,

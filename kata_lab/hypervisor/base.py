@@ -25,6 +25,7 @@ class HypervisorConfig:
     """The VM of a sandbox.
 
     Attributes:
+        architecture: that its kernel is for, as Debian names it.
         kernel: its kernel.
         initrd: its initial RAM file system, or None.
         cmdline: the kernel's command line.
@@ -37,6 +38,7 @@ class HypervisorConfig:
         trace: count exits.
     """
 
+    architecture: str = "riscv64"
     kernel: Path
     initrd: Path | None
     cmdline: str

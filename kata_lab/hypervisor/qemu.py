@@ -2,7 +2,7 @@
 
 ::
 
-    runtime (this process) ──QMP──────► qemu-system-riscv64      the VM, its vCPUs and devices
+    runtime (this process) ──QMP──────► qemu-system-riscv64      the VM, its vCPUs and devices (or -x86_64)
                            ──shares───► python -m vmm.vhost.fs   virtio-fs, over the VM's memory (vhost-user)
 
 Either process that dies ends the VM; both end with this one. What a guest has here is in
@@ -26,6 +26,7 @@ from kata_lab.hypervisor import qemu_machine
 from kata_lab.hypervisor.acting import SHARE, told
 from kata_lab.hypervisor.base import Hypervisor, HypervisorConfig, HypervisorError
 from kata_lab.hypervisor.qemu_control import DRAIN_SECONDS, Event, QemuControl, require_library
+from kata_lab.hypervisor.qemu_machine import UNPLUGGED
 from kata_lab.hypervisor.qemu_process import SHUT_DOWN, QemuProcess, find_program
 from kata_lab.hypervisor.vm_end import end_of_vm
 from vmm.actions import ManipulateFsBackend
@@ -53,7 +54,6 @@ _ENDS: Final = {
     "host-qmp-quit": "QEMU was told to end",
 }
 """What a reason (``ShutdownCause``, qapi/run-state.json) means."""
-_PLUGGED: Final = "QEMU's machine 'virt' for riscv64 has no hotplug of"
 
 
 @dataclass(slots=True)
@@ -112,7 +112,6 @@ class QemuHypervisor(Hypervisor):
 
     async def load(self) -> None:
         require_library()
-        find_program(qemu_machine.PROGRAM, qemu_machine.PACKAGE)
 
     # The life of the VM.
 
@@ -131,8 +130,8 @@ class QemuHypervisor(Hypervisor):
             raise
 
     def _make(self, config: HypervisorConfig) -> _Vm:
-        qemu_machine.check(config)
-        program = find_program(qemu_machine.PROGRAM, qemu_machine.PACKAGE)
+        machine = qemu_machine.machine_of(config)
+        program = find_program(machine.program, machine.package)
         with told(), contextlib.ExitStack() as made:
             directory = _directory(config)
             for port in qemu_machine.AGENT_PORTS:
@@ -141,8 +140,8 @@ class QemuHypervisor(Hypervisor):
             control, its_control = _pair(made)
             console, its_console = _pair(made)
             wiring = qemu_machine.Wiring(its_control.fileno(), its_console.fileno(), directory, networks)
-            machine = replace(config, devices=devices)
-            process = QemuProcess(qemu_machine.command(program, machine, wiring), wiring.descriptors)
+            line = qemu_machine.command(program, machine, replace(config, devices=devices), wiring)
+            process = QemuProcess(line, wiring.descriptors)
             made.callback(process.close)
             its_control.close()
             its_console.close()
@@ -277,7 +276,7 @@ class QemuHypervisor(Hypervisor):
     async def resize_vcpu(self, vcpus: int) -> int:
         now = self._vm.config.vcpus
         if vcpus != now:
-            raise HypervisorError(f"{_PLUGGED} vCPUs: the sandbox has {now} and cannot have {vcpus}")
+            raise HypervisorError(f"{UNPLUGGED} vCPUs: the sandbox has {now} and cannot have {vcpus}")
         return now
 
     async def resize_memory(self, memory_mib: int) -> int:
@@ -316,7 +315,7 @@ class QemuHypervisor(Hypervisor):
         return int((await self._ask("query-balloon"))["actual"])
 
     async def add_device(self, device: DeviceConfig) -> str:
-        raise HypervisorError(f"{_PLUGGED} virtio-mmio devices: name {device.name!r} when the sandbox is made")
+        raise HypervisorError(f"{UNPLUGGED} devices: name {device.name!r} when the sandbox is made")
 
     async def update_device(self, name: str) -> None:
         devices = self._vm.config.devices
@@ -329,7 +328,7 @@ class QemuHypervisor(Hypervisor):
 
     async def remove_device(self, name: str) -> None:
         qemu_machine.number_of(self._vm.config.devices, name)
-        raise HypervisorError(f"{_PLUGGED} virtio-mmio devices: {name!r} stays for as long as the guest runs")
+        raise HypervisorError(f"{UNPLUGGED} devices: {name!r} stays for as long as the guest runs")
 
     # What can be seen of it.
 

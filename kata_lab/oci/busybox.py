@@ -1,4 +1,5 @@
-"""The image ``busybox``, made on this machine out of Debian's package busybox-static for riscv64.
+"""The image ``busybox``, made on this machine out of Debian's package busybox-static for riscv64, or for another
+architecture: then it is called ``busybox-amd64``, say.
 
 One layer: the program as ``/bin/busybox``, a link to it for every one of its applets, ``/etc/passwd`` and
 ``/etc/group``, and the directories of hier(7) that programs expect. The same package gives the same digest. The
@@ -11,7 +12,7 @@ import re
 from typing import Final
 
 from kata_lab.errors import ImageError
-from kata_lab.oci.image import ImageHandle, open_image
+from kata_lab.oci.image import ARCHITECTURE, ImageHandle, open_image
 from kata_lab.oci.library import list_images, writing
 from kata_lab.oci.writer import LayerArchive
 from kata_lab.progress import ProgressMode
@@ -43,26 +44,34 @@ _RECIPE: Final = "1"
 """Of what this module puts into the image; an image made by another one is made anew."""
 
 
-def ensure_busybox(progress: ProgressMode = "auto", mirror: str | None = None) -> ImageHandle:
+def ensure_busybox(
+    progress: ProgressMode = "auto", mirror: str | None = None, architecture: str = ARCHITECTURE
+) -> ImageHandle:
     """The image from the local store, made first if need be; needs the network only for what the cache lacks.
 
     Args:
         progress: how to show the download.
         mirror: URI of a Debian archive; see find_mirror().
+        architecture: of the machine that it is for, as Debian names it.
 
     Raises:
         ImageError: no APT, no network, or a package that does not verify; see apt.Archive.
     """
-    if any(each.name == f"{NAME}:latest" for each in list_images()):
-        image = open_image(NAME)
+    name = _name(architecture)
+    if any(each.name == f"{name}:latest" for each in list_images()):
+        image = open_image(name, architecture)
         if image.manifest.annotations.get(_RECIPE_ANNOTATION, _RECIPE) == _RECIPE:  # ours, or imported by somebody
             return image
         image.close()
-    build_busybox(progress, mirror)
-    return open_image(NAME)
+    build_busybox(progress, mirror, architecture)
+    return open_image(name, architecture)
 
 
-def build_busybox(progress: ProgressMode = "auto", mirror: str | None = None) -> str:
+def _name(architecture: str) -> str:
+    return NAME if architecture == ARCHITECTURE else f"{NAME}-{architecture}"
+
+
+def build_busybox(progress: ProgressMode = "auto", mirror: str | None = None, architecture: str = ARCHITECTURE) -> str:
     """Make the image anew, and give it its name in the local store.
 
     Returns:
@@ -74,7 +83,7 @@ def build_busybox(progress: ProgressMode = "auto", mirror: str | None = None) ->
     from kata_lab.image.apt import Archive, PackageGoneError
     from kata_lab.image.deb import DebPackage
 
-    archive = Archive(mirror, progress=progress)
+    archive = Archive(mirror, architecture=architecture, progress=progress)
     package = archive.find(PACKAGE)
     try:
         file = archive.fetch(package)
@@ -93,13 +102,14 @@ def build_busybox(progress: ProgressMode = "auto", mirror: str | None = None) ->
         image = writer.image(
             [layer],
             {"Env": [f"PATH={_PATH}"], "Cmd": ["sh"]},
+            architecture=architecture,
             annotations={
                 "org.opencontainers.image.title": NAME,
                 "org.opencontainers.image.version": package.version,
                 _RECIPE_ANNOTATION: _RECIPE,
             },
         )
-        writer.tag(image, f"{NAME}:latest")
+        writer.tag(image, f"{_name(architecture)}:latest")
     return image.digest
 
 

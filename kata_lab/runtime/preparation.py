@@ -53,7 +53,9 @@ class Preparation:
         scratch = self.config.scratch or self.directory / "scratch"
         make = make_raw_scratch if self.disk_format == "raw" else make_scratch
         await completed(asyncio.to_thread(make, scratch, self.config.scratch is not None))
+        architecture = guest.manifest["architecture"]
         return HypervisorConfig(
+            architecture=architecture,
             kernel=guest.kernel,
             initrd=guest.root,
             cmdline=f"{guest.append} {self.config.append}".strip(),
@@ -61,27 +63,27 @@ class Preparation:
             memory_mib=self.config.memory_mib,
             max_vcpus=self.config.max_vcpus,
             max_memory_mib=self.config.max_memory_mib,
-            devices=[each async for each in self._devices(scratch)],
+            devices=[each async for each in self._devices(scratch, architecture)],
             trace=self.config.trace,
         )
 
-    async def _devices(self, scratch: Path) -> AsyncIterator[DeviceConfig]:
+    async def _devices(self, scratch: Path, architecture: str) -> AsyncIterator[DeviceConfig]:
         yield VsockConfig(name="agent", socket=self.directory / "vsock")
         yield FsConfig(name="shared", tag="kataShared", cache="auto")
         yield BlockConfig(name="scratch", path=scratch, format=self.disk_format, serial=SERIAL)
         yield EntropyConfig(name="entropy")
         for reference in self.config.images:
-            yield await asyncio.to_thread(self._image_disk, reference)
+            yield await asyncio.to_thread(self._image_disk, reference, architecture)
         if self.config.network is not None:
             yield self.config.network
         if self.most.memory_mib > self.config.memory_mib:
             yield BalloonConfig(name="balloon")
 
-    def _image_disk(self, reference: str) -> BlockConfig:
+    def _image_disk(self, reference: str, architecture: str) -> BlockConfig:
         from kata_lab.oci import open_image
         from kata_lab.resource.image_disk import image_disk, image_serial
 
-        with contextlib.closing(open_image(reference)) as image:
+        with contextlib.closing(open_image(reference, architecture)) as image:
             path, serial = image_disk(image), image_serial(image)
         if serial in self.disks.values():
             raise RuntimeFault(f"images names {reference!r}, which is the same image as another one; leave it out")

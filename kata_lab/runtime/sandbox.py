@@ -84,6 +84,7 @@ class Sandbox:
         most = SandboxSize(self.config.max_vcpus or size.vcpus, self.config.max_memory_mib or size.memory_mib)
         self._capacity = Capacity(size, most, hypervisor, self.log)
         self._disks: dict[str, str] = {}  # image → serial number
+        self._architecture = ""  # of the guest
         self._watches: set[asyncio.Task[None]] = set()
         self._starting: asyncio.Task[None] | None = None
         self._ending: asyncio.Task[None] | None = None
@@ -207,6 +208,7 @@ class Sandbox:
                 group.create_task(self.hypervisor.load())
             self.mark("prepared")
             self._undo.push_async_callback(self.hypervisor.cleanup)
+            self._architecture = preparing.result().architecture
             await self.hypervisor.prepare_vm(preparing.result())
             await self.hypervisor.start_vm(START_VM_SECONDS)
         self.mark("VM runs")
@@ -389,7 +391,7 @@ class Sandbox:
         self._require_running("given a container")
         async with contextlib.AsyncExitStack() as held:
             # Its layers stay in the store for as long as the container is there.
-            handle = await completed(_opened(image, held)) if isinstance(image, str) else image
+            handle = await completed(_opened(image, self._architecture, held)) if isinstance(image, str) else image
             spec = await asyncio.to_thread(lambda: make_spec(handle, args, **wishes))
             return await self.create_container(spec, await self._root_of(handle, held), container_id, held)
 
@@ -640,10 +642,10 @@ class Sandbox:
         )
 
 
-async def _opened(reference: str, held: contextlib.AsyncExitStack) -> ImageHandle:
+async def _opened(reference: str, architecture: str, held: contextlib.AsyncExitStack) -> ImageHandle:
     from kata_lab.oci import open_image
 
-    handle = await asyncio.to_thread(open_image, reference)
+    handle = await asyncio.to_thread(open_image, reference, architecture)
     held.callback(handle.close)
     return handle
 

@@ -31,7 +31,6 @@ NAMESPACES = {
     "pid": 0x20000000,
     "network": 0x40000000,
 }
-_SYS_CLONE3, _SYS_CLOSE_RANGE, _SYS_PIDFD_OPEN, _SYS_GETCWD, _SYS_CAPSET = 435, 436, 434, 17, 91
 _CLONE_INTO_CGROUP = 0x200000000
 _PR_SET_KEEPCAPS, _PR_CAPBSET_DROP, _PR_SET_NO_NEW_PRIVS, _PR_CAP_AMBIENT, _AMBIENT_RAISE = 8, 24, 38, 47, 2
 _X_OK, _S_IFMT, _S_IFDIR = 1, 0o170000, 0o040000
@@ -144,9 +143,9 @@ def close_all_but(kept):
     for number in sorted(kept):
         if number >= low:
             if number > low:
-                linux.syscall(_SYS_CLOSE_RANGE, low, number - 1, 0, 0, 0)
+                linux.syscall(linux.SYS_CLOSE_RANGE, low, number - 1, 0, 0, 0)
             low = number + 1
-    linux.syscall(_SYS_CLOSE_RANGE, low, 0x7FFFFFFF, 0, 0, 0)
+    linux.syscall(linux.SYS_CLOSE_RANGE, low, 0x7FFFFFFF, 0, 0, 0)
 
 
 def make(child, channel, standard, flags, group):
@@ -155,7 +154,7 @@ def make(child, channel, standard, flags, group):
     Unfit if the group takes no process, as one with groups of its own below it.
     """
     arguments = array.array("Q", [flags | _CLONE_INTO_CGROUP, 0, 0, 0, linux.SIGCHLD, 0, 0, 0, 0, 0, group])
-    number = linux.syscall(_SYS_CLONE3, uctypes.addressof(arguments), 88, 0, 0, 0)
+    number = linux.syscall(linux.SYS_CLONE3, uctypes.addressof(arguments), 88, 0, 0, 0)
     if number == 0:
         try:
             for each in range(3):
@@ -177,7 +176,9 @@ def make(child, channel, standard, flags, group):
 
 def join(first, namespaces, group, program, channel, standard):
     """Start a program beside the first process of a container, in its namespaces; its number."""
-    there = linux.checked(linux.syscall(_SYS_PIDFD_OPEN, first, 0, 0, 0, 0), "finding the container's first process")
+    there = linux.checked(
+        linux.syscall(linux.SYS_PIDFD_OPEN, first, 0, 0, 0, 0), "finding the container's first process"
+    )
     flags = 0
     for each in namespaces:
         flags |= NAMESPACES[each]
@@ -252,7 +253,7 @@ def _change_directory(path):
     if _chdir(path) < 0:
         return False
     where = bytearray(4096)
-    linux.checked(linux.syscall(_SYS_GETCWD, uctypes.addressof(where), len(where), 0, 0, 0), f"chdir to `{path}`")
+    linux.checked(linux.syscall(linux.SYS_GETCWD, uctypes.addressof(where), len(where), 0, 0, 0), f"chdir to `{path}`")
     if where[0] != 0x2F:
         raise OSError(linux.ENOENT, f"chdir to `{path}`: the current working directory is not in the container")
     return True
@@ -340,7 +341,7 @@ def _give_up(program):
     checked(_setresgid(program.gid, program.gid, program.gid), f"setresgid to {program.gid}")
     checked(_setresuid(program.uid, program.uid, program.uid), f"setresuid to {program.uid}")
     sets, header = uctypes.addressof(program.capability_sets), uctypes.addressof(_CAPABILITY_HEADER)
-    checked(linux.syscall(_SYS_CAPSET, header, sets, 0, 0, 0), "capset")
+    checked(linux.syscall(linux.SYS_CAPSET, header, sets, 0, 0, 0), "capset")
     for number in program.raised:
         if prctl(_PR_CAP_AMBIENT, _AMBIENT_RAISE, number, 0, 0) < 0 and os.errno() not in (linux.EINVAL, linux.EPERM):
             raise OSError(os.errno(), "prctl ambient raise")

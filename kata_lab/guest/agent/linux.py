@@ -1,10 +1,12 @@
 """The system calls that the agent needs and MicroPython has not, through ``ffi`` on the C library.
 
-Constants are those of Linux's generic (asm-generic) numbering, as on riscv64.
+Constants are those of Linux's generic (asm-generic) numbering, as on riscv64; x86-64 has others for some system calls
+(arch/x86/entry/syscalls/syscall_64.tbl).
 """
 
 import array
 import os
+import platform
 
 import ffi
 import uctypes
@@ -37,7 +39,8 @@ _F_SETFL, _F_SETPIPE_SZ, _F_ADD_SEALS, _ALL_SEALS = 4, 1031, 1033, 15
 _MFD_CLOEXEC, _MFD_ALLOW_SEALING = 1, 2
 _SIG_BLOCK, _SIG_SETMASK = 0, 2
 _PR_SET_DUMPABLE, _PR_SET_CHILD_SUBREAPER = 4, 36
-_SYS_CLONE, _SYS_CLOSE_RANGE = 220, 436
+SYS_PIDFD_OPEN, SYS_CLONE3, SYS_CLOSE_RANGE = 434, 435, 436
+_SYS_CLONE, SYS_GETCWD, SYS_CAPSET = (56, 79, 126) if "-x86_64-" in platform.platform() else (220, 17, 91)
 _CLONE_NEWPID = 0x20000000
 _WNOHANG = 1
 _IN_MODIFY = 2
@@ -240,7 +243,7 @@ def spawn_reaper():
     process = checked(syscall(_SYS_CLONE, _CLONE_NEWPID | SIGCHLD, 0, 0, 0, 0), "making a PID namespace")
     if process == 0:
         try:
-            syscall(_SYS_CLOSE_RANGE, 0, 0x7FFFFFFF, 0, 0, 0)
+            syscall(SYS_CLOSE_RANGE, 0, 0x7FFFFFFF, 0, 0, 0)
             children, word = _signal_set(SIGCHLD), array.array("i", [0])
             wait = _libc.func("i", "sigwait", "pp")
             while True:
