@@ -275,18 +275,26 @@ def _cgroups(root: Path, controller: str) -> Iterator[Path]:
 
 
 def _memory_limits(root: Path) -> Iterator[tuple[int, int]]:
-    """Limit and use in bytes, of each cgroup that has a limit."""
+    """Limit and use in bytes, of each cgroup that has a limit; what was only read of files is given up when needed."""
     for place in _cgroups(root, "memory"):
-        for limit_name, used_name in (
-            ("memory.max", "memory.current"),
-            ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+        for limit_name, used_name, files_name in (
+            ("memory.max", "memory.current", "inactive_file"),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
         ):
             try:
                 limit, used = int((place / limit_name).read_text()), int((place / used_name).read_text())
             except (OSError, ValueError):  # absent, or "max"
                 continue
             if limit < _UNLIMITED:
-                yield limit, used
+                yield limit, used - _counted(place / "memory.stat", files_name)
+
+
+def _counted(statistics: Path, name: str) -> int:
+    """A number of a cgroup's statistics in bytes; 0 if it is not told."""
+    try:
+        return int(dict(line.split(" ", 1) for line in statistics.read_text().splitlines())[name])
+    except (OSError, KeyError, ValueError):
+        return 0
 
 
 def _cpu_shares(root: Path) -> Iterator[float]:
