@@ -42,6 +42,7 @@ import asyncio
 import contextlib
 import itertools
 import math
+import os
 import socket
 import statistics
 import subprocess
@@ -191,6 +192,7 @@ def measure_fused(runs: int) -> FusedFigures:
     image = build_named("lifsea")
     prepare()
     names, left_out = arrangements()
+    noted = {**left_out, **busy(os.getloadavg()[0], os.cpu_count() or 1)}
     measured: dict[str, list[Run]] = {name: [] for name in names}
     with steps("Measuring arrangements", 2 * runs * len(names) + 1) as begin:
         begin("floor")
@@ -199,7 +201,7 @@ def measure_fused(runs: int) -> FusedFigures:
             for name in names:
                 measured[name].append(_run(name, begin))
     told = {**versions(), "guest kernel": str(image.manifest["release"])}
-    return figures(measured, floor, left_out, told)
+    return figures(measured, floor, noted, told)
 
 
 def arrangements() -> tuple[list[str], dict[str, str]]:
@@ -215,6 +217,17 @@ def arrangements() -> tuple[list[str], dict[str, str]]:
             names.remove("qemu")
             left_out["qemu"] = f"left out: {error}"
     return names, left_out
+
+
+def busy(load: float, processors: int) -> dict[str, str]:
+    """What is to be known of a machine with this load average before anything was measured."""
+    if load <= processors / 2:
+        return {}
+    return {
+        "machine": f"its load average was {load:.1f} with {processors} processors before this began: measure where"
+        " nothing else runs; a scheduler that shares processors among sessions (autogroup, sched(7)) gives more of them to an"
+        " arrangement of several processes, each of which has its own session, than to a fused one"
+    }
 
 
 def _run(name: str, begin: Callable[[str], None]) -> Run:
@@ -349,7 +362,7 @@ def _median_us(ask: Callable[[], object]) -> float:
 
 
 def figures(
-    measured: Mapping[str, Sequence[Run]], floor: dict[str, float], left_out: dict[str, str], told: dict[str, str]
+    measured: Mapping[str, Sequence[Run]], floor: dict[str, float], noted: dict[str, str], told: dict[str, str]
 ) -> FusedFigures:
     """Put runs together."""
     sides = {name: _figures(runs) for name, runs in measured.items()}
@@ -364,7 +377,7 @@ def figures(
         arrangements=sides,
         ratio=ratio,
         floor_us=floor,
-        limits={**left_out, **_limits(sides, ratio["action"], floor)},
+        limits={**noted, **_limits(sides, ratio["action"], floor)},
         runs=len(measured["fused"]),
         versions=told,
     )

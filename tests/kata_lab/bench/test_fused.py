@@ -18,7 +18,7 @@ import pytest
 
 from kata_lab.bench import fused
 from kata_lab.bench.command import fused_table
-from kata_lab.bench.fused import PARTS, Run, figures, start_parts
+from kata_lab.bench.fused import PARTS, Run, busy, figures, start_parts
 from kata_lab.bench.fused_account import BY_IO, BY_PERF, Memory, Part, SystemCalls, context_switches, cpu_seconds, parts
 from kata_lab.bench.fused_call import Step, follow_resize, spans
 from kata_lab.bench.fused_probe import ACTIONS
@@ -190,6 +190,11 @@ def test_what_is_less_than_ten_times_as_quick_is_explained_by_the_floor() -> Non
     assert told["qemu"] == "left out"
     assert "nobody in it is left to notice" in told["fused notice_ms"]
     assert not set(ACTIONS) & set(figures({"fused": [run(1.0)], "rpc": [run(30.0)]}, FLOOR, {}, {}).limits)
+
+
+def test_a_machine_that_is_busy_is_told() -> None:
+    assert busy(0.9, 2) == {}
+    assert busy(3.25, 2)["machine"].startswith("its load average was 3.2 with 2 processors before this began: measure")
 
 
 def test_late_notice_missing_actions_and_another_count_are_told() -> None:
