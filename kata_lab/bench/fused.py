@@ -225,8 +225,8 @@ def busy(load: float, processors: int) -> dict[str, str]:
         return {}
     return {
         "machine": f"its load average was {load:.1f} with {processors} processors before this began: measure where"
-        " nothing else runs; a scheduler that shares processors among sessions (autogroup, sched(7)) gives more of them to an"
-        " arrangement of several processes, each of which has its own session, than to a fused one"
+        " nothing else runs; a scheduler that shares processors among sessions (autogroup, sched(7)) gives more of them"
+        " to an arrangement of several processes, each of which has its own session, than to a fused one"
     }
 
 
