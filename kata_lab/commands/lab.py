@@ -40,7 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser, parser_class: type[argparse.A
         epilog="Exit status: 0 no answer is wrong, 3 an answer is not right, 1 something could not be checked.",
         allow_abbrev=False,
     )
-    check.add_argument("notebooks", nargs="*", metavar="NOTEBOOK", help="a file, a name or a number (default all)")
+    check.add_argument(
+        "notebooks", nargs="*", metavar="NOTEBOOK", help="a file, a name, a number or an exercise (default all)"
+    )
     check.add_argument("--json", action="store_true", help="print plain data")
 
     hint = actions.add_parser("hint", help="the next hint to an exercise; each takes a point", allow_abbrev=False)
@@ -214,7 +216,7 @@ def _export(file: str, name: str) -> int:
         partial.write_text(exported(name, form), encoding="utf-8", newline="")
         partial.replace(place)
     except OSError as error:
-        raise KataLabError(f"{place} cannot be written ({error.strerror})") from error
+        raise KataLabError(f"{place} cannot be written ({error.strerror}): name another file") from error
     finally:
         partial.unlink(missing_ok=True)
     return 0

@@ -246,7 +246,8 @@ def copy_notebooks(directory: Path) -> list[Copied]:
         return [_copy(original, directory / original.name) for original in originals]
     except OSError as error:
         raise CourseError(
-            f"the notebooks cannot be copied to {directory} ({error.strerror}): name a directory that is yours to write"
+            f"the notebooks cannot be copied to {directory} ({error.strerror}): name a directory that is yours to "
+            "write, on a disk that has room"
         ) from error
 
 
@@ -271,7 +272,7 @@ def find_notebooks(wanted: Sequence[str], directory: Path) -> list[Path]:
     """The learner's notebooks.
 
     Args:
-        wanted: files, or names or numbers of notebooks (``05-hotplug``, ``5``); none for all.
+        wanted: files, names or numbers of notebooks (``05-hotplug``, ``5``), or ids of exercises; none for all.
         directory: where the learner is; the notebooks are there or in ``notebooks`` beneath it.
 
     Raises:
@@ -300,3 +301,4 @@ def _find(wanted: str, places: Sequence[Path], directory: Path, names: Sequence[
                     return place / name
     known = ", ".join(name.removesuffix(ENDING) for name in names)
     raise CourseError(f"there is no notebook {wanted!r} here: name a file, or one of {known} where yours are")
+    wanted = next((each.notebook for each in EXERCISES if each.id == wanted), wanted)

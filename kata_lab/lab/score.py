@@ -222,8 +222,11 @@ def _change(id: str, change: Callable[[Standing], Standing]) -> Standing:
             found[id] = change(found.get(id, Standing()))
             plain = {name: dataclasses.asdict(each) for name, each in sorted(found.items())}
             partial = directory / f"{FILE}.partial"
-            write_synced(partial, json.dumps({"format": FORMAT, "exercises": plain}, indent=1).encode() + b"\n")
-            publish(partial, directory / FILE)
+            try:
+                write_synced(partial, json.dumps({"format": FORMAT, "exercises": plain}, indent=1).encode() + b"\n")
+                publish(partial, directory / FILE)
+            finally:
+                partial.unlink(missing_ok=True)
     except OSError as error:
         raise CourseError(
             f"the record in {directory} cannot be written ({error.strerror}): make it writable"

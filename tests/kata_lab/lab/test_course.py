@@ -6,13 +6,17 @@ import csv
 import importlib
 import io
 import json
+import resource
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
+from kata_lab.errors import KataLabError
 from kata_lab.lab.course import (
     EXERCISES,
     CourseError,
@@ -99,10 +103,10 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
 def test_notebooks_are_found_by_file_name_and_number(tmp_path: Path) -> None:
     copy_notebooks(tmp_path / "notebooks")
     whole = [each.name for each in find_notebooks([], tmp_path)]
-    wanted = find_notebooks(["1", "02", "05-hotplug", "notebooks/01-boot-a-machine.ipynb"], tmp_path)
+    wanted = find_notebooks(["1", "02", "05-hotplug", "notebooks/01-boot-a-machine.ipynb", "04-pod"], tmp_path)
 
     assert whole == [path.name for path in notebooks()]
-    assert [path.name[:2] for path in wanted] == ["01", "02", "05", "01"]
+    assert [path.name[:2] for path in wanted] == ["01", "02", "05", "01", "04"]
     with pytest.raises(CourseError, match="no notebook '99' here"):
         find_notebooks(["99"], tmp_path)
     with pytest.raises(CourseError, match="have them copied with kata-lab lab copy"):
@@ -155,6 +159,27 @@ def test_a_record_that_cannot_be_read_is_left_alone_and_told(home: Path) -> None
         with pytest.raises(CourseError, match=f"{told}.*move it away"):
             note_attempt(FIRST.id, "solved")
         assert place.read_text() == damaged
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """Within it, a write beyond a size fails, as one on a full disk does."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_leaves_the_record_as_it_was(home: Path) -> None:
+    note_attempt(FIRST.id, "not right")
+    before = (home / "records" / "course.json").read_bytes()
+    with files_of_at_most(20), pytest.raises(KataLabError, match=r"course\.json\.partial cannot be written"):
+        note_attempt(FIRST.id, "solved")
+
+    assert (home / "records" / "course.json").read_bytes() == before
+    assert {path.name for path in (home / "records").iterdir()} == {"course.json", "course.lock"}
 
 
 def test_exercises_of_another_version_stay_in_the_record(home: Path) -> None:
