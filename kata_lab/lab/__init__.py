@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from kata_lab.lab.bare import Outcome, run_bare
     from kata_lab.lab.bits import draw_instruction
     from kata_lab.lab.boot_views import boot_timeline, exits_chart, milestone_table
+    from kata_lab.lab.capstone import DesignBench
+    from kata_lab.lab.capstone_exercise import history_table, score_card
     from kata_lab.lab.console_view import ConsoleView, transcript
     from kata_lab.lab.container_views import agent_calls, call_diagram, call_table, layer_table, sandbox_timeline
     from kata_lab.lab.device_views import (
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
     from kata_lab.lab.machines import Machines
     from kata_lab.lab.memory_view import address_table, draw_touched, touched_bytes
     from kata_lab.lab.memory_watch import MemoryWatch, memory_over_time
+    from kata_lab.lab.order import explain_errors
     from kata_lab.lab.picture import Picture, Table
     from kata_lab.lab.process_views import (
         call_path,
@@ -63,11 +66,14 @@ if TYPE_CHECKING:
     from kata_lab.lab.topology_view import sandbox_topology, topology_table
     from kata_lab.lab.tree import draw_tree
     from kata_lab.lab.virtqueue_view import draw_queue, hex_table, walk_table
+    from kata_lab.lab.welcome import course_map, doctor_table
 
 _HOMES = {
     "bare": ("Outcome", "run_bare"),
     "bits": ("draw_instruction",),
     "boot_views": ("boot_timeline", "exits_chart", "milestone_table"),
+    "capstone": ("DesignBench",),
+    "capstone_exercise": ("history_table", "score_card"),
     "console_view": ("ConsoleView", "transcript"),
     "container_views": ("agent_calls", "call_diagram", "call_table", "layer_table", "sandbox_timeline"),
     "device_views": (
@@ -83,6 +89,7 @@ _HOMES = {
     "machines": ("Machines",),
     "memory_view": ("address_table", "draw_touched", "touched_bytes"),
     "memory_watch": ("MemoryWatch", "memory_over_time"),
+    "order": ("explain_errors",),
     "picture": ("Picture", "Table"),
     "process_views": (
         *("call_path", "crash", "crash_table", "follow_resize", "latency_histograms", "memory_chart"),
@@ -96,11 +103,13 @@ _HOMES = {
     "topology_view": ("sandbox_topology", "topology_table"),
     "tree": ("draw_tree",),
     "virtqueue_view": ("draw_queue", "hex_table", "walk_table"),
+    "welcome": ("course_map", "doctor_table"),
 }
 _HOME_OF = {name: f"kata_lab.lab.{home}" for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "ConsoleView",
+    "DesignBench",
     "Feedback",
     "HandDriver",
     "HotplugControls",
@@ -125,9 +134,11 @@ __all__ = [
     "call_path",
     "call_table",
     "code_table",
+    "course_map",
     "crash",
     "crash_table",
     "difference_table",
+    "doctor_table",
     "draw_instruction",
     "draw_queue",
     "draw_touched",
@@ -135,12 +146,14 @@ __all__ = [
     "exit_counts",
     "exits_chart",
     "exits_per",
+    "explain_errors",
     "feature_table",
     "field_table",
     "follow_resize",
     "frame_table",
     "hex_table",
     "hint",
+    "history_table",
     "hotplug_timeline",
     "image_table",
     "latency_chart",
@@ -159,6 +172,7 @@ __all__ = [
     "run_bare",
     "sandbox_timeline",
     "sandbox_topology",
+    "score_card",
     "seconds_to_services",
     "size_chart",
     "slot_table",

@@ -50,6 +50,18 @@ class Exercise:
 
 EXERCISES: Final = (
     Exercise(
+        "00-which-kernel",
+        "00-welcome",
+        "Which kernel a container runs on",
+        3,
+        (
+            "Look at what the container printed in part 3: the words of `uname -a` are the system, the name of the "
+            "machine, the release, and more (uname(1) has them all).",
+            "The release is the word behind the machine's name: three numbers with dots between them, and what follows "
+            "up to the next space. It goes into quotes.",
+        ),
+    ),
+    Exercise(
         "01-read-a-loop",
         "01-boot-a-machine",
         "How many instructions a loop retires",
@@ -168,6 +180,22 @@ EXERCISES: Final = (
             "and what is there to do once it has arrived? The borders cost much the same for all of them.",
             "A factor is (way + work) / work of the quick one: next to no work gives a large one, work of many "
             "milliseconds in the guest gives one near 1. Part 3 has numbers for the way.",
+        ),
+    ),
+    Exercise(
+        "07-design",
+        "07-capstone",
+        "A sandbox to a stated goal",
+        15,
+        (
+            "Take one line of the goal at a time, and change one thing for it: the score card marks the lines that are "
+            "not met, and the check says where each was in the course.",
+            "Begin with the memory. Add up what cook holds at once with some room, and what a shell needs; these are "
+            "the limits. Then make the guest as large as the goal allows, with no more room to grow than it asks for.",
+            "A guest of your own is lifsea's description under another name, with one service less: which of them is "
+            "for somebody at the console? The one called `devices` has to do with growing.",
+            "Three fields of the sandbox decide the rest: how many vCPUs it begins with and may have, how the files of "
+            "an image get into the guest, and how many processes it is made of.",
         ),
     ),
 )
@@ -293,6 +321,7 @@ def find_notebooks(wanted: Sequence[str], directory: Path) -> list[Path]:
 def _find(wanted: str, places: Sequence[Path], directory: Path, names: Sequence[str]) -> Path:
     if wanted.endswith(ENDING) and (directory / wanted).is_file():
         return directory / wanted
+    wanted = next((each.notebook for each in EXERCISES if each.id == wanted), wanted)
     for name in names:
         number = name.partition("-")[0]
         if wanted in (name, name.removesuffix(ENDING), number, number.lstrip("0")):
@@ -301,4 +330,3 @@ def _find(wanted: str, places: Sequence[Path], directory: Path, names: Sequence[
                     return place / name
     known = ", ".join(name.removesuffix(ENDING) for name in names)
     raise CourseError(f"there is no notebook {wanted!r} here: name a file, or one of {known} where yours are")
-    wanted = next((each.notebook for each in EXERCISES if each.id == wanted), wanted)

@@ -1,6 +1,6 @@
 """The checks of notebook 4: what is unsolved is "not yet", what is wrong is named, what is right passes.
 
-The solutions are here, and nowhere in the notebook. One sandbox serves all tests.
+The solutions are the instructor's answers, and nowhere in the notebook. One sandbox serves all tests.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from typing import Any
 import nbformat
 import pytest
 
-from kata_lab.lab.container_exercise import LIMIT, check_configuration, check_pod
+from kata_lab.lab.container_exercise import check_configuration, check_pod
 from kata_lab.oci import ImageHandle, ensure_busybox, make_spec
 from kata_lab.runtime import Container, Sandbox
+from tests.kata_lab.lab.answers import answered
 
 pytestmark = pytest.mark.usefixtures("boot_guest")
 
 WRITE = "while :; do echo $((n=n+1)) >>/out/numbers; sleep 0.2; done"
-TMPFS = {"destination": "/scratch", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "mode=1777"]}
 
 
 @pytest.fixture(scope="module")
@@ -54,10 +54,7 @@ def sandbox(runner: asyncio.Runner) -> Iterator[Sandbox]:
 
 def solution(original: dict[str, Any]) -> dict[str, Any]:
     mine = copy.deepcopy(original)
-    mine["process"]["user"] = {"uid": 1000, "gid": 1000}
-    mine["root"]["readonly"] = True
-    mine["mounts"].append(copy.deepcopy(TMPFS))
-    mine["linux"]["resources"]["memory"] = {"limit": LIMIT}
+    answered("04-configuration", mine=mine)
     return mine
 
 
@@ -163,6 +160,24 @@ def test_the_right_pod_passes_and_a_half_one_does_not(runner: asyncio.Runner, sa
         assert "no container of this sandbox" in (await check_pod(sandbox, writer, reader, tmp_path)).text
 
     runner.run(check())
+
+
+def test_the_answer_to_the_pod_passes(runner: asyncio.Runner, sandbox: Sandbox, tmp_path: Path) -> None:
+    async def container_named(name: str, args: list[str], **wishes: Any) -> Container:
+        made = await sandbox.new_container(args, container_id=name, **wishes)
+        await made.start()
+        return made
+
+    async def remove() -> None:
+        for each in tuple(sandbox.containers.values()):
+            await each.remove()
+
+    try:
+        answer = answered("04-pod", runner, place=tmp_path, container_named=container_named)
+
+        assert runner.run(check_pod(sandbox, answer["writer"], answer["reader"], tmp_path)).passed
+    finally:
+        runner.run(remove())
 
 
 @pytest.mark.parametrize(

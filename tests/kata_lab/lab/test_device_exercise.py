@@ -1,6 +1,6 @@
 """The checks of notebook 3: what is unsolved is "not yet", what is wrong is named, what is right passes.
 
-The solutions are here, and nowhere in the notebook.
+The solutions are the instructor's answers, and nowhere in the notebook.
 """
 
 from __future__ import annotations
@@ -15,12 +15,17 @@ import pytest
 from kata_lab.lab.device_exercise import Capture, check_counting, check_reading
 from kata_lab.lab.hand_driver import HandDriver
 from kata_lab.lab.machines import LabError
+from tests.kata_lab.lab.answers import answered
 from vmm.devices.virtio.blk import HEADER, T_IN, T_OUT
 from vmm.devices.virtio.device import VirtioDevice
 from vmm.devices.virtio.queue import DESCRIPTOR, INDIRECT, NEXT, WRITE, Queue
 
 NOTEBOOK = Path(__file__).parents[3] / "notebooks" / "03-inside-a-device.ipynb"
 TABLE, HEADER_AT, DATA_AT, STATUS_AT = 0x8100_0000, 0x8200_0040, 0x8300_0000, 0x8200_0050
+
+
+LAYOUTS: dict[str, Any] = {"DESCRIPTOR": DESCRIPTOR, "HEADER": HEADER, "INDIRECT": INDIRECT, "NEXT": NEXT}
+ANSWER = answered("03-counting", VirtioDevice=VirtioDevice)["CountingEntropy"]
 
 
 class Template(VirtioDevice):
@@ -36,7 +41,7 @@ class Template(VirtioDevice):
 
 
 class Counting(Template):
-    """The solution; what is wrong below is one step away from it."""
+    """A solution; what is wrong below is one step away from it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -175,11 +180,12 @@ def test_the_unsolved_device_is_not_yet() -> None:
 
 
 def test_the_right_device_passes_with_the_driver_of_one_page() -> None:
+    assert check_counting(ANSWER, boot=False).passed
     assert check_counting(Counting, boot=False).passed
 
 
 def test_the_right_device_passes_with_the_driver_of_linux() -> None:
-    feedback = check_counting(Counting)
+    feedback = check_counting(ANSWER)
 
     assert feedback.passed, feedback
     assert "Linux's own driver read 512 bytes" in feedback.text
@@ -269,7 +275,10 @@ def test_a_capture_that_nobody_read_is_not_yet() -> None:
 def test_a_capture_that_was_read_rightly_passes(kind: int, name: str, indirect: bool) -> None:
     capture = captured(kind, 1480, (4096, 8192), indirect)
 
+    read = answered("03-read-a-request", captured=capture, **LAYOUTS)
+
     assert check_reading(capture, name, 1480, 12288, DATA_AT).passed
+    assert check_reading(capture, read["kind"], read["sector"], read["data_bytes"], read["data_address"]).passed
 
 
 @pytest.mark.parametrize(

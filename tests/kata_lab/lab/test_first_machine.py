@@ -1,6 +1,6 @@
 """The checks of notebook 1: what is unsolved is "not yet", what is wrong is named, what is right passes.
 
-The solutions are here, and nowhere in the notebook.
+The solutions are the instructor's answers, and nowhere in the notebook.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import pytest
 
 from kata_lab.lab.first_machine import check_count, check_upper_case
+from tests.kata_lab.lab.answers import answered
 from vmm.engine.rv64.assembler import assemble
 
 ECHO_TEMPLATE = """
@@ -22,23 +23,7 @@ done:   li    a7, 0x53525354
         ecall
 """
 
-ECHO_SOLUTION = ECHO_TEMPLATE.replace(
-    "# your code here\n",
-    """
-wait:   lbu   t0, 5(s0)
-        andi  t0, t0, 1
-        beqz  t0, wait
-        lbu   a2, 0(s0)
-        li    t1, 'a'
-        bltu  a2, t1, send
-        li    t1, 'z'
-        bgtu  a2, t1, send
-        addi  a2, a2, -32
-send:   sb    a2, 0(s0)
-        li    t1, '\\n'
-        bne   a2, t1, wait
-""",
-)
+ECHO_SOLUTION: str = answered("01-upper-case")["ECHO"]
 
 COUNTED = assemble("""
         li    t0, 100
@@ -51,7 +36,7 @@ inner:  addi  t1, t1, -1
         li    a6, 0
         ecall
 """)
-COUNT = 1 + 100 * (1 + 3 * 2 + 2) + 2 + 1
+COUNT: int = answered("01-read-a-loop")["answer"]
 
 
 def change(old: str, new: str) -> str:
