@@ -49,7 +49,7 @@ MAX_HARTS: Final = 64
 MAX_SLOTS: Final = 64
 MMU_TYPES: Final = ("riscv,sv39", "riscv,sv48")
 
-ISA_EXTENSIONS: Final = ("i", "m", "a", "f", "d", "c", "zicsr", "zifencei", "zicntr", "sstc")
+ISA_EXTENSIONS: Final = ("i", "m", "a", "f", "d", "c", "zicsr", "zifencei", "zihintpause", "zicntr", "sstc")
 # The string form: single letters run on, longer names follow after underscores.
 ISA_STRING: Final = "rv64" + "".join(name if len(name) == 1 else f"_{name}" for name in ISA_EXTENSIONS)
 

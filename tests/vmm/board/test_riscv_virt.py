@@ -116,9 +116,9 @@ def test_tree_describes_harts_and_memory(memory: GuestMemory) -> None:
 
     assert tree.find("/memory@80000000").cells("reg") == (0, RAM_BASE, 0, 128 << 20)
     assert tree.find("/cpus").cells("timebase-frequency") == (10_000_000,)
-    assert hart.strings("riscv,isa") == ("rv64imafdc_zicsr_zifencei_zicntr_sstc",)
+    assert hart.strings("riscv,isa") == ("rv64imafdc_zicsr_zifencei_zihintpause_zicntr_sstc",)
     assert hart.strings("riscv,isa-base") == ("rv64i",)
-    assert hart.strings("riscv,isa-extensions") == (*"imafdc", "zicsr", "zifencei", "zicntr", "sstc")
+    assert hart.strings("riscv,isa-extensions") == (*"imafdc", "zicsr", "zifencei", "zihintpause", "zicntr", "sstc")
     assert hart.strings("mmu-type") == ("riscv,sv39",)
 
 

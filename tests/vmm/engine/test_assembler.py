@@ -117,6 +117,13 @@ def test_memory_order_and_rounding_mode_are_written_as_they_are_shown() -> None:
     ]
 
 
+def test_pause_is_a_hint_among_the_fences() -> None:
+    program = assemble("pause\nfence w, w")
+
+    assert program[:4] == (0x0100000F).to_bytes(4, "little")
+    assert listing(program) == ["pause", "fence w, w"]
+
+
 @pytest.mark.parametrize("name", PSEUDO_INSTRUCTIONS)
 def test_every_pseudo_instruction_stands_for_one_instruction(name: str) -> None:
     samples = {"rd": "a0", "rs": "a1", "rt": "a2", "csr": "sepc", "target": str(BASE)}

@@ -61,6 +61,7 @@ _STOP = "return stop(s, record)"
 _SERIALISE = "return serialise(s, record, {link})"
 _SYSTEM = {
     "memory_fence": ["memory_fence()", "return {next}"],
+    "pause": ["yield_processor()", "return {next}"],
     "fence_i": ["fence_instructions(s)", _SERIALISE],
     "ecall": ["environment_call(s)", _STOP],
     "ebreak": ["raise_exception(s, 3, 0)", _STOP],

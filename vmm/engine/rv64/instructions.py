@@ -1,7 +1,8 @@
 """The instructions of the hart, one row each: encoding, assembly and meaning.
 
 Decoder, disassembler, assembler and executor all come from these rows. After: The RISC-V Instruction Set Manual,
-volume I (20240411): RV64I 2.1, M 2.0, A 2.1, F 2.2, D 2.2, C 2.0, Zicsr 2.0, Zifencei 2.0; volume II: supervisor 1.12.
+volume I (20240411): RV64I 2.1, M 2.0, A 2.1, F 2.2, D 2.2, C 2.0, Zicsr 2.0, Zifencei 2.0, Zihintpause 2.0;
+volume II: supervisor 1.12.
 
 How a meaning is written:
 
@@ -197,6 +198,8 @@ def _rows() -> Iterator[tuple[str, str, str, str, str]]:
 
     # A reserved fm is treated as fm=0 and the rs1 and rd fields are ignored, as the manual asks of base
     # implementations.
+    # In a loop that waits for another hart, which may need the host's processor to get there.
+    yield "pause", "000000010000 00000 000 00000 0001111", "", "pause()", ""
     yield "fence", "fm pred succ rs1 000 rd 0001111", "order", "memory_fence()", ""
     yield "fence.i", "imm[11:0] rs1 001 rd 0001111", "", "fence_i()", ""
     yield "ecall", "000000000000 00000 000 00000 1110011", "", "ecall()", ""

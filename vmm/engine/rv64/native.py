@@ -313,6 +313,16 @@ def _emit_fence(builder: ir.IRBuilder) -> ir.Value:
 
 memory_fence = define("memory_fence", _emit_fence, types.int64, (), "Order all memory accesses before against after.")
 
+
+def _emit_yield(builder: ir.IRBuilder) -> ir.Value:
+    """POSIX sched_yield(2), whose symbol the process already has."""
+    function = builder.module.globals.get("sched_yield")
+    function = function or ir.Function(builder.module, ir.FunctionType(I32, []), "sched_yield")
+    return builder.sext(builder.call(function, []), I64)
+
+
+yield_processor = define("yield_processor", _emit_yield, types.int64, (), "Let another thread of the host run.")
+
 CLOCK_MONOTONIC = 1
 
 
