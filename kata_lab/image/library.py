@@ -105,6 +105,11 @@ class Image:
         return str(self.manifest["name"])
 
     @property
+    def architecture(self) -> str:
+        """Of the machines that it is for, as Debian names it."""
+        return str(self.manifest["architecture"])
+
+    @property
     def kernel(self) -> Path:
         """The file of the uncompressed kernel."""
         return self.directory / KERNEL

@@ -53,9 +53,8 @@ class Preparation:
         scratch = self.config.scratch or self.directory / "scratch"
         make = make_raw_scratch if self.disk_format == "raw" else make_scratch
         await completed(asyncio.to_thread(make, scratch, self.config.scratch is not None))
-        architecture = guest.manifest["architecture"]
         return HypervisorConfig(
-            architecture=architecture,
+            architecture=guest.architecture,
             kernel=guest.kernel,
             initrd=guest.root,
             cmdline=f"{guest.append} {self.config.append}".strip(),
@@ -63,7 +62,7 @@ class Preparation:
             memory_mib=self.config.memory_mib,
             max_vcpus=self.config.max_vcpus,
             max_memory_mib=self.config.max_memory_mib,
-            devices=[each async for each in self._devices(scratch, architecture)],
+            devices=[each async for each in self._devices(scratch, guest.architecture)],
             trace=self.config.trace,
         )
 

@@ -219,6 +219,7 @@ class Sandbox:
         behind_passt = self.config.network is not None and self.config.network.backend == "passt"
         network = await asyncio.to_thread(network_behind_passt) if behind_passt else None
         images, shared = tuple(self._disks.values()), self.config.shared_pid_namespace
+        agent.fate = self._fate_of_start
         await greet(agent, Greeting(self.id, self.hostname, images, network, shared))
         agent.fate = self._fate
         self._state = SandboxState.RUNNING
@@ -614,6 +615,13 @@ class Sandbox:
                 container = self.containers.get(event["container_id"])
                 if container is not None:
                     container.out_of_memory = True
+
+    async def _fate_of_start(self) -> str:
+        """Why a call to the agent failed while nobody watches the VM yet."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(FATE_SECONDS):
+                return f"the guest is gone: {await self.hypervisor.wait_vm()}"
+        return "its agent is lost"
 
     async def _fate(self) -> str:
         """Why a call to the agent failed."""

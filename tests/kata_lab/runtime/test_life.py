@@ -32,7 +32,8 @@ SPEC: dict[str, Any] = {
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """State of its own, and an image that costs nothing."""
     monkeypatch.setenv("KATA_LAB_HOME", str(tmp_path / "home"))
-    image = SimpleNamespace(kernel=tmp_path / "kernel", root=tmp_path / "initrd", append="", release=lambda: None)
+    files = {"kernel": tmp_path / "kernel", "root": tmp_path / "initrd"}
+    image = SimpleNamespace(architecture="riscv64", append="", release=lambda: None, **files)
     monkeypatch.setattr("kata_lab.image.build.build_named", lambda name: image)
     monkeypatch.setattr("kata_lab.runtime.preparation.make_scratch", lambda path, lasting: path.write_bytes(b""))
     (tmp_path / "rootfs").mkdir()
@@ -135,6 +136,20 @@ def test_a_guest_that_ends_before_its_agent_answers_says_why() -> None:
         hypervisor.end("the guest's kernel panicked: no init")
         with pytest.raises(KataLabError, match="gone before its agent answered: the guest's kernel panicked: no init"):
             await starting
+
+    asyncio.run(life())
+
+
+def test_a_guest_that_ends_while_it_is_told_of_its_sandbox_says_why() -> None:
+    async def life() -> None:
+        sandbox, hypervisor = made(CreateSandbox=Hang())
+        starting = asyncio.create_task(sandbox.start())
+        while "CreateSandbox" not in hypervisor.agent.seen:
+            await asyncio.sleep(0.001)
+        hypervisor.end("the guest's kernel panicked: out of memory")
+        with pytest.raises(KataLabError, match=r"the guest is gone: the guest's kernel panicked: out of memory$"):
+            await starting
+        assert sandbox.reason.endswith("the guest is gone: the guest's kernel panicked: out of memory")
 
     asyncio.run(life())
 
