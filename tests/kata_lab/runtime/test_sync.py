@@ -19,8 +19,8 @@ from kata_lab.runtime.sync import Sandbox
 signal.signal(signal.SIGINT, signal.default_int_handler)
 held = len(os.listdir("/proc/self/fd"))
 sandbox = Sandbox.create(id="interrupted", memory_mib=128)
-print("starts", flush=True)
 try:
+    print("starts", flush=True)
     with sandbox:
         print("started", flush=True)
         sandbox.run(["sleep", "1000"])
