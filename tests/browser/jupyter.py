@@ -151,6 +151,17 @@ class Notebook:
         """The text of a cell's output."""
         return self.cell(number).locator(".jp-OutputArea-output").first.inner_text().strip()
 
+    def drag(self, handle: Locator, right: float) -> None:
+        """Take something with the mouse and move it to the right, in pixels."""
+        handle.scroll_into_view_if_needed()
+        place = handle.bounding_box()
+        assert place is not None
+        x, y = place["x"] + place["width"] / 2, place["y"] + place["height"] / 2
+        self.page.mouse.move(x, y)
+        self.page.mouse.down()
+        self.page.mouse.move(x + right, y, steps=5)
+        self.page.mouse.up()
+
     def save(self) -> None:
         """Save the notebook; returns when that is done."""
         with self.page.expect_response(lambda each: each.request.method == "PUT" and "contents" in each.url):
