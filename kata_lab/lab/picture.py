@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
 
+from kata_lab.errors import KataLabError
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -94,7 +96,12 @@ class Table:
 
 
 def drawing(body: str, width: int, height: int, alternative: str) -> Picture:
-    """A picture from the elements of an SVG of ``width`` × ``height`` pixels, on white."""
+    """A picture from the elements of an SVG of ``width`` × ``height`` pixels, on white.
+
+    Raises:
+        KataLabError: it has no words.
+    """
+    _check_words(alternative)
     markup = (
         f"<svg xmlns='http://www.w3.org/2000/svg' role='img' aria-label='{html.escape(alternative)}' "
         f"width='{width}' height='{height}' viewBox='0 0 {width} {height}' "
@@ -105,7 +112,12 @@ def drawing(body: str, width: int, height: int, alternative: str) -> Picture:
 
 
 def figure_picture(figure: Figure, alternative: str) -> Picture:
-    """A picture from a matplotlib figure, which is drawn and let go."""
+    """A picture from a matplotlib figure, which is drawn and let go.
+
+    Raises:
+        KataLabError: it has no words.
+    """
+    _check_words(alternative)
     file = io.BytesIO()
     figure.savefig(file, format="svg", bbox_inches="tight", facecolor="white", metadata={"Date": None})
     data = base64.b64encode(file.getvalue()).decode()
@@ -113,3 +125,8 @@ def figure_picture(figure: Figure, alternative: str) -> Picture:
         f"<img alt='{html.escape(alternative)}' src='data:image/svg+xml;base64,{data}' style='max-width:100%'>",
         alternative,
     )
+
+
+def _check_words(alternative: str) -> None:
+    if not alternative.strip():
+        raise KataLabError("a picture has no words: say in one sentence what somebody who cannot see it should know")

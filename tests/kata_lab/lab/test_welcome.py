@@ -7,9 +7,12 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from matplotlib.figure import Figure
 
+from kata_lab.errors import KataLabError
 from kata_lab.lab import course_map, doctor_table
 from kata_lab.lab.course import EXERCISES, notebooks, title
+from kata_lab.lab.picture import drawing, figure_picture
 from kata_lab.lab.score import Standing, note_attempt
 from kata_lab.lab.welcome_exercise import check_kernel
 from kata_lab.runtime import RunResult
@@ -44,6 +47,14 @@ def test_the_map_tells_what_was_earned_without_colour_alone() -> None:
     assert "4 · Run a container, 45 to 60 minutes, 8 of 16 points" in after.alternative
     assert "8 of 16 points ✔" in after.markup
     assert "✔" not in before.markup
+
+
+@pytest.mark.parametrize("words", ["", "  \n"])
+def test_a_picture_without_words_is_refused(words: str) -> None:
+    with pytest.raises(KataLabError, match="a picture has no words: say in one sentence"):
+        drawing("<path d='M0 0'/>", 10, 10, words)
+    with pytest.raises(KataLabError, match="a picture has no words: say in one sentence"):
+        figure_picture(Figure(), words)
 
 
 def test_the_doctors_table_marks_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
