@@ -25,12 +25,16 @@ __all__ = ["loop"]
 CONSOLE_PORT = 1026
 
 
-@pytest.fixture
-def config(tmp_path: Path) -> HypervisorConfig:
+def ours(directory: Path) -> HypervisorConfig:
     """Our guest with a shared directory."""
     image = build_named("lifsea")
-    devices = (VsockConfig(name="agent", socket=tmp_path / "vsock"), FsConfig(name="shared", tag="kataShared"))
+    devices = (VsockConfig(name="agent", socket=directory / "vsock"), FsConfig(name="shared", tag="kataShared"))
     return HypervisorConfig(kernel=image.kernel, initrd=image.root, cmdline=image.append, devices=devices)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> HypervisorConfig:
+    return ours(tmp_path)
 
 
 def children() -> list[psutil.Process]:
@@ -103,17 +107,18 @@ def test_preparation_that_is_cancelled_leaves_nothing(loop: Loop, config: Hyperv
 # How its guest ends.
 
 
-@pytest.mark.parametrize(
-    ("words", "end"),
-    [
-        ("kata.poweroff", "the guest shut down"),
-        ('kata.run="kill -TERM 1; sleep 100"', "the guest asked for a reboot"),
-        ('kata.run="echo c > /proc/sysrq-trigger"', "the guest's kernel panicked: sysrq triggered crash"),
-    ],
-)
-def test_end_of_the_guest_is_told(loop: Loop, config: HypervisorConfig, words: str, end: str) -> None:
-    async def story() -> tuple[str, str | None]:
-        hypervisor = QemuHypervisor()
+ENDS = {
+    "kata.poweroff": "the guest shut down",
+    'kata.run="kill -TERM 1; sleep 100"': "the guest asked for a reboot",
+    'kata.run="echo c > /proc/sysrq-trigger"': "the guest's kernel panicked: sysrq triggered crash",
+}
+"""Words on the kernel's command line → what becomes of the guest."""
+
+
+def test_end_of_the_guest_is_told(loop: Loop, tmp_path: Path) -> None:
+    async def story(directory: Path, words: str) -> tuple[str, str | None]:
+        directory.mkdir(0o700)
+        config, hypervisor = ours(directory), QemuHypervisor()
         try:
             await hypervisor.prepare_vm(replace(config, cmdline=f"{config.cmdline} {words}"))
             await hypervisor.start_vm(SECONDS)
@@ -121,8 +126,14 @@ def test_end_of_the_guest_is_told(loop: Loop, config: HypervisorConfig, words: s
         finally:
             await hypervisor.cleanup()
 
-    assert loop(story()) == (end, end)
+    async def stories() -> list[tuple[str, str | None]]:
+        async with asyncio.TaskGroup() as guests:
+            told = [guests.create_task(story(tmp_path / str(number), words)) for number, words in enumerate(ENDS)]
+        return [each.result() for each in told]
+
+    assert loop(stories()) == [(end, end) for end in ENDS.values()]
     assert not children()
+    assert not any(left(tmp_path / str(number)) for number in range(len(ENDS)))
 
 
 # A sandbox.
