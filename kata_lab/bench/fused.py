@@ -199,7 +199,7 @@ def measure_fused(runs: int) -> FusedFigures:
         floor = floors()
         for _ in range(runs):
             for name in names:
-                measured[name].append(_run(name, begin))
+                measured[name].append(run_once(name, begin))
     told = {**versions(), "guest kernel": str(image.manifest["release"])}
     return figures(measured, floor, noted, told)
 
@@ -230,7 +230,8 @@ def busy(load: float, processors: int) -> dict[str, str]:
     }
 
 
-def _run(name: str, begin: Callable[[str], None]) -> Run:
+def run_once(name: str, begin: Callable[[str], None]) -> Run:
+    """Measure one arrangement once, saying each part with ``begin``; BenchError as :func:`measure_fused`."""
     begin(f"{name}, one")
     with RuntimeProcess(name) as runtime:
         timeline = dict(runtime.start()["timeline"])
