@@ -324,7 +324,7 @@ def _find(wanted: str, places: Sequence[Path], directory: Path, names: Sequence[
     wanted = next((each.notebook for each in EXERCISES if each.id == wanted), wanted)
     for name in names:
         number = name.partition("-")[0]
-        if wanted in (name, name.removesuffix(ENDING), number, number.lstrip("0")):
+        if wanted in (name, name.removesuffix(ENDING), number, str(int(number))):
             for place in places:
                 if (place / name).is_file():
                     return place / name

@@ -107,6 +107,8 @@ def test_notebooks_are_found_by_file_name_and_number(tmp_path: Path) -> None:
 
     assert whole == [path.name for path in notebooks()]
     assert [path.name[:2] for path in wanted] == ["01", "02", "05", "01", "04"]
+    first = notebooks()[0].name
+    assert find_notebooks([str(int(first[:2]))], tmp_path)[0].name == first
     with pytest.raises(CourseError, match="no notebook '99' here"):
         find_notebooks(["99"], tmp_path)
     with pytest.raises(CourseError, match="have them copied with kata-lab lab copy"):
