@@ -4,6 +4,7 @@ Ports are those of vsock, or in a guest without it those of a virtio console (``
 """
 
 import asyncio
+import gc
 
 import bundle
 import streams
@@ -13,6 +14,7 @@ from rpc import serve
 from sandbox import Sandbox
 
 RPC_PORT, LOG_PORT = 1024, 1025
+COLLECT_AFTER = 1 << 20  # bytes of the heap that were taken; what is not collected makes every fork cost more
 
 
 async def serve_log(sandbox):
@@ -38,6 +40,7 @@ async def serve_log(sandbox):
 
 
 async def main():
+    gc.threshold(COLLECT_AFTER)
     streams.begin()
     sandbox = Sandbox()
     sandbox.begin()

@@ -55,7 +55,7 @@ def copy(request):
             _copy_part(parent, parts[-1], data, offset, size, mode or 0o644, owner)
         elif kind == _LINK:
             linux.remove_below(parent, parts[-1])
-            linux.link_below(data, parent, parts[-1])
+            linux.link_below(bytes(data), parent, parts[-1])
             linux.set_owner(parent, parts[-1], *owner)
         else:
             linux.close(linux.enter_directory(parent, parts[-1], mode or 0o755))

@@ -106,8 +106,10 @@ def test_a_stream_that_is_closed_wakes_who_waits(micropython: Callable[[str], st
         """
 import asyncio, linux, streams
 streams.begin()
+done = asyncio.Event()
 async def reader(stream, name):
     print(name, await stream.read(bytearray(4), 4))
+    done.set()
 async def main():
     ours, theirs = streams.pipe()
     tasks = [asyncio.create_task(reader(ours, name)) for name in "ab"]
@@ -115,7 +117,7 @@ async def main():
     await asyncio.sleep(0.01)
     late.cancel()
     linux.write(theirs, b"xy", 2)
-    await asyncio.sleep(0.01)
+    await done.wait()
     ours.close()
     for task in tasks:
         await task
