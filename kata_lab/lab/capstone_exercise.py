@@ -1,9 +1,9 @@
 """Check of the capstone, notebook 7: a design against a stated goal, by what was measured of it.
 
-The goal has lines, each with a bound; the first that is not met is told, with where to look. Bounds lie far from both
-what a design of the right kind takes and what a wrong one does, so that the machine makes no difference: right designs
-take some 770 million instructions and no disk, wrong ones 1,240 and 3 MiB. Memory beside the guest's is told and not
-judged: it depends on the host (huge pages, versions of libraries), and how many processes there are says the same.
+The goal has lines, each with a bound; the first that is not met is told, with where to look. Bounds are such that what
+else the machine does makes no difference: right designs take 650 to 850 million instructions until the first answer
+(a busy host lets a guest wait and spin differently), and less than 0.1 MiB of disk. Memory beside the guest's is told
+and not judged: it depends on the host (huge pages, versions of libraries), and the number of processes says the same.
 """
 
 from __future__ import annotations
