@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
 from kata_lab.errors import KataLabError
-from kata_lab.lab.course import CourseError
+from kata_lab.lab.course import CourseError, notebooks
 from kata_lab.lab.headless import run_notebook
 from kata_lab.lab.order import explain_errors, name_homes, sentence
 
@@ -48,6 +50,18 @@ def test_what_kata_lab_says_is_a_sentence_and_everything_else_stays(said: dict[i
     assert said[5].startswith("AssertionError")
     assert said[8] == "ZeroDivisionError: division by zero"
     assert sorted(said) == [2, 3, 4, 5, 7, 8]
+
+
+def test_every_cell_of_the_first_notebook_may_be_run_twice(boot_guest: object, tmp_path: Path) -> None:
+    content = nbformat.read(notebooks()[0], as_version=4)
+    doubled = [cell for cell in content.cells for _ in range(2) if cell.cell_type == "code"]
+    place = tmp_path / "own.ipynb"
+    nbformat.write(new_notebook(cells=[new_code_cell(cell.source) for cell in doubled]), place)
+
+    transcript = run_notebook(place)
+
+    assert not transcript.failures
+    assert [each.verdict for each in transcript.feedback] == ["not yet"]
 
 
 def test_a_notebook_that_is_not_in_the_course_is_refused() -> None:
