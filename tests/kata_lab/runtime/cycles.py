@@ -120,6 +120,15 @@ def anonymous_memory() -> int:
     return total
 
 
+async def steady(sandbox: Sandbox | None = None) -> Held:
+    """What is held once it has been the same three times in a row, or after :data:`SECONDS`."""
+    deadline = time.monotonic() + SECONDS
+    found = [await held(sandbox) for _ in range(3)]
+    while any(each != found[-1] for each in found[-3:]) and time.monotonic() < deadline:
+        found.append(await held(sandbox))
+    return found[-1]
+
+
 async def settled(before: Held, sandbox: Sandbox | None = None) -> Held:
     """What is held once it is as much as ``before``, or after :data:`SECONDS`."""
     deadline = time.monotonic() + SECONDS
@@ -146,7 +155,7 @@ async def _main(what: str, count: int) -> int:
 
     async def measured(sandbox: Sandbox | None) -> int:
         await lives(WARM_UP, sandbox)
-        before, memory, began = await held(sandbox), anonymous_memory(), time.monotonic()
+        before, memory, began = await steady(sandbox), anonymous_memory(), time.monotonic()
         await lives(count, sandbox)
         seconds, grown, after = time.monotonic() - began, anonymous_memory() - memory, await settled(before, sandbox)
         print(f"{count} {what} in {seconds:.1f} s, {seconds / count * 1000:.0f} ms each; grown by {grown / 1e6:.1f} MB")

@@ -11,9 +11,9 @@ from tests.kata_lab.runtime.cycles import (
     Held,
     anonymous_memory,
     container_life,
-    held,
     sandbox_life,
     settled,
+    steady,
 )
 
 CONTAINERS = 8
@@ -26,7 +26,7 @@ def test_containers_of_a_sandbox_leave_nothing_in_the_process_and_in_the_guest(l
         async with Sandbox.create(memory_mib=MEMORY_MIB, append=CONSOLE) as sandbox:
             for _ in range(WARM_UP):
                 await container_life(sandbox)
-            before, memory = await held(sandbox), anonymous_memory()
+            before, memory = await steady(sandbox), anonymous_memory()
             for _ in range(CONTAINERS):
                 await container_life(sandbox)
             return before, await settled(before, sandbox), anonymous_memory() - memory
@@ -40,7 +40,7 @@ def test_containers_of_a_sandbox_leave_nothing_in_the_process_and_in_the_guest(l
 def test_sandboxes_leave_nothing_in_the_process(loop: Loop) -> None:
     async def lives() -> tuple[Held, Held]:
         await sandbox_life()
-        before = await held()
+        before = await steady()
         for _ in range(SANDBOXES):
             await sandbox_life()
         return before, await settled(before)
