@@ -122,16 +122,18 @@ def test_a_bundle_installs_itself_without_a_network(bundle: Path, tmp_path: Path
     assert told.stdout.startswith(str(mine))
 
 
-def test_a_second_installation_takes_the_place_of_the_first(bundle: Path, tmp_path: Path) -> None:
+def test_an_installation_takes_the_place_of_the_one_before(bundle: Path, tmp_path: Path) -> None:
     mine = tmp_path / "mine"
-    install_bundle(bundle, mine, "off")
-    first = os.readlink(mine / ".venv")
-    (mine / ".kata-lab" / "environment-killed").mkdir()
+    for name in ("environment-before", "environment-killed"):
+        (mine / ".kata-lab" / name).mkdir(parents=True)
+    (mine / ".venv").symlink_to(".kata-lab/environment-before")
+
     install_bundle(bundle, mine, "off")
 
-    assert os.readlink(mine / ".venv") != first
     assert (mine / ".venv" / "bin" / "python").exists()
-    assert len(list((mine / ".kata-lab").iterdir())) == 2  # the environment and the lock
+    left = {path.name for path in (mine / ".kata-lab").iterdir()}
+    assert left == {"lock", Path(os.readlink(mine / ".venv")).name}
+    assert not left & {"environment-before", "environment-killed"}
 
 
 @pytest.fixture
