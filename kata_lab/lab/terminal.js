@@ -113,15 +113,22 @@ function render({ model, el }) {
   terminal.onBinary((text) => type(Uint8Array.from(text, (each) => each.charCodeAt(0))));
   terminal.attachCustomKeyEventHandler((event) => event.type !== "keydown" || !pageTakes(event, terminal));
 
-  // What is said beneath.
+  // What is said beneath; ipywidgets tells when the connection to the kernel is gone, or there again.
+  let lost = false;
   function tell() {
-    status.textContent = model.get("status");
-    el.classList.toggle("kata-terminal-over", model.get("over"));
-    terminal.options.cursorBlink = false;
-    terminal.options.disableStdin = model.get("over");
+    const over = lost || model.get("over");
+    status.textContent = lost ? "the kernel of this terminal is gone; run the cell again" : model.get("status");
+    el.classList.toggle("kata-terminal-over", over);
+    terminal.options.disableStdin = over;
+  }
+  async function link() {
+    const known = await model.widget_manager.get_model(model.get("model"));
+    lost = known.comm_live === false;
+    tell();
   }
   model.on("change:status", tell);
   model.on("change:over", tell);
+  model.on("comm_live_update", link);
   tell();
   reader.addEventListener("click", () => {
     terminal.options.screenReaderMode = !terminal.options.screenReaderMode;
@@ -145,6 +152,7 @@ function render({ model, el }) {
     model.off("msg:custom", heard);
     model.off("change:status", tell);
     model.off("change:over", tell);
+    model.off("comm_live_update", link);
     left();
     terminal.dispose();
   };

@@ -132,6 +132,7 @@ class Terminal:
         self.status = ""
         if terminals_can_run():
             self._widget = _widget_class()(height=height, sized=line.sized)
+            self._widget.model = self._widget.model_id
             self._widget.on_msg(self._heard)
         line.open(self)
 
@@ -233,6 +234,7 @@ def _widget_class() -> Any:
         "_css": (here / "terminal.css").read_text(encoding="utf-8"),
         "height": traitlets.Int(ROWS).tag(sync=True),
         "sized": traitlets.Bool(True).tag(sync=True),
+        "model": traitlets.Unicode("").tag(sync=True),
         "status": traitlets.Unicode("").tag(sync=True),
         "over": traitlets.Bool(False).tag(sync=True),
     }

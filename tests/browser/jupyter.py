@@ -26,6 +26,7 @@ from playwright.sync_api import Locator, Page, sync_playwright
 
 SCREENSHOTS = "KATA_LAB_SCREENSHOTS"  # variable of the environment: a directory for pictures of the page
 SECONDS = 120.0  # for what takes two seconds on an idle machine
+END_SECONDS = 30.0  # that the server may take to end its kernels before all are killed
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
 QUIET = (
     *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"),
@@ -81,7 +82,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
     process.send_signal(signal.SIGTERM)
     try:
-        process.wait(SECONDS)
+        process.wait(END_SECONDS)
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
@@ -148,8 +149,8 @@ class Notebook:
         self.page.wait_for_function(done, arg=[prompt, before.strip()])
 
     def said(self, number: int) -> str:
-        """The text of a cell's output."""
-        return self.cell(number).locator(".jp-OutputArea-output").first.inner_text().strip()
+        """The text of a cell's last output."""
+        return self.cell(number).locator(".jp-OutputArea-output").last.inner_text().strip()
 
     def drag(self, handle: Locator, right: float) -> None:
         """Take something with the mouse and move it to the right, in pixels."""
@@ -161,6 +162,12 @@ class Notebook:
         self.page.mouse.down()
         self.page.mouse.move(x + right, y, steps=5)
         self.page.mouse.up()
+
+    def restart(self) -> None:
+        """Restart the kernel, by the menu."""
+        self.page.get_by_role("menuitem", name="Kernel").click()
+        self.page.get_by_text("Restart Kernel…").click()
+        self.page.locator(".jp-Dialog button.jp-mod-warn").click()
 
     def save(self) -> None:
         """Save the notebook; returns when that is done."""

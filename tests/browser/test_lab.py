@@ -170,3 +170,11 @@ def test_a_terminal_says_that_its_sandbox_is_gone(lab: Notebook) -> None:
 
     assert lab.said(STOP) == "stopped"
     expect(lab.cell(TERMINAL).locator(".kata-terminal-over .kata-terminal-status")).to_contain_text("ended")
+
+
+def test_a_terminal_says_that_its_kernel_is_gone(lab: Notebook) -> None:
+    lab.restart()
+
+    expect(lab.cell(TERMINAL).locator(".kata-terminal-status")).to_contain_text("kernel of this terminal is gone")
+    lab.run(CONTAINERS)
+    assert "name 'sandbox' is not defined" in lab.said(CONTAINERS)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from kata_lab import lab
+from kata_lab.errors import KataLabError
 from kata_lab.lab.machines import LabError
 from kata_lab.resource.sizing import SandboxSize
 from kata_lab.runtime import SandboxConfig, SandboxState
@@ -186,3 +187,37 @@ def test_memory_is_sampled_until_the_sandbox_stops() -> None:
 def test_watching_memory_needs_an_event_loop() -> None:
     with pytest.raises(LabError, match="needs the sandbox's event loop"):
         lab.MemoryWatch(sandbox())
+
+
+async def move_sliders() -> tuple[list[int], list[str], Any]:
+    asked, told, watched = [], [], sandbox()
+
+    async def resize(vcpus: int | None = None, memory_mib: int | None = None) -> SandboxSize:
+        if vcpus == 4:
+            raise KataLabError("there are not so many")
+        asked.append(vcpus or 0)
+        watched.size = SandboxSize(vcpus or watched.size.vcpus, memory_mib or watched.size.memory_mib)
+        return watched.size
+
+    watched.resize = resize
+    controls = lab.HotplugControls(watched, told.append)
+    slider = controls.widget().children[0]
+    slider.value = 3  # as the page does
+    await controls.settled()
+    slider.value = 4
+    await controls.settled()
+    await controls.set(vcpus=1)
+    return asked, told, slider
+
+
+@pytest.mark.usefixtures("notebook")
+def test_sliders_ask_and_then_stand_where_the_guest_is() -> None:
+    asked, told, slider = asyncio.run(move_sliders())
+
+    assert asked == [3, 1]
+    assert told == [
+        "the guest has 3 vCPUs and 256 MiB",
+        "there are not so many; the guest has 3 vCPUs and 256 MiB",
+        "the guest has 1 vCPUs and 256 MiB",
+    ]
+    assert slider.value == 1
