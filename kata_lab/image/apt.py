@@ -4,9 +4,11 @@ APT does the whole of it: the archive's signature is verified against Debian's k
 the signature, each package against the index, as apt-secure(8) says. It runs with its own configuration, lists and
 cache beneath the cache directory (``APT_CONFIG``, apt.conf(5)); of the host's configuration only what says how to
 reach the network is taken over: proxies, time-outs, TLS certificates, login data (apt_auth.conf(5)). A package in the
-cache is hashed again before it is used. Dependencies are resolved by APT as if nothing were installed; what packages
-recommend is left out. Which files a package has is known before it is fetched from the archive's index Contents, 11 MB
-that are fetched only when they are asked for, and verified as the other index.
+cache is hashed again before it is used. Where a mirror serves an index that the signature of a suite does not cover,
+the suite is looked for under its other name (``stable``), whose signature must say the same code name. Dependencies
+are resolved by APT as if nothing were installed; what packages recommend is left out. Which files a package has is
+known before it is fetched from the archive's index Contents, 11 MB that are fetched only when they are asked for, and
+verified as the other index.
 
 Tools: ``apt-config dump``, ``apt-get update``, ``apt-get download``, ``apt-get indextargets``, ``apt-get --simulate
 install``, ``apt-cache show``, ``apt-cache pkgnames``.
@@ -62,6 +64,7 @@ _WRONG_CONTENT = re.compile(
 )
 _MISSING = re.compile(r"\b404\b|File not found|does not have a Release file|doesn't support architecture")
 _FULL = re.compile(r"No space left on device|Disk quota exceeded|enough free space")
+_SUITE = re.compile(r"^Suite: ([a-z][a-z0-9-]*)$", re.MULTILINE)
 _CONTENTS = "Contents-deb"
 _LONGEST_COMPLAINT = 400
 _INSTALLED = re.compile(r"Inst (?P<name>\S+) (?:\[\S+\] )?\((?P<version>\S+) ")
@@ -150,12 +153,47 @@ class Archive:
 
     def _update(self, title: str, options: Sequence[str]) -> str:
         with self._exclusive() as lock:
+            complaint = self._update_as(self.suite, title, options, lock)
+            if not complaint:
+                self._served_as.unlink(missing_ok=True)
+            elif _is_wrong_content(complaint) and self._update_by_other_name(title, options, lock):
+                complaint = ""
             self._configure()
-            for _ in range(ATTEMPTS):
-                complaint = self._apt_get(title, [*options, "update"], self._directory, lock)
-                if not _is_wrong_content(complaint):
-                    break
         return complaint
+
+    def _update_by_other_name(self, title: str, options: Sequence[str], lock: int) -> bool:
+        """Where a mirror is half way to a new version, or caches each file for itself, another name may be whole."""
+        name = self._other_name()
+        if not name or self._update_as(name, title, options, lock) or not self._is_suite(name):
+            return False
+        self._served_as.write_text(name)
+        return True
+
+    def _update_as(self, name: str, title: str, options: Sequence[str], lock: int) -> str:
+        self._configure(name)
+        for _ in range(ATTEMPTS):
+            complaint = self._apt_get(title, [*options, "update"], self._directory, lock)
+            if not _is_wrong_content(complaint):
+                break
+        return complaint
+
+    @property
+    def _served_as(self) -> Path:
+        """The file with the name under which the index that is here was fetched, if that is not the code name."""
+        return self._directory / "served-as"
+
+    def _other_name(self) -> str:
+        """What else the archive calls the suite, as "stable"; empty if it has no other name. Only a name to try."""
+        for place in (self._directory / "lists").glob(f"**/*_dists_{self.suite}_InRelease"):
+            found = _SUITE.search(place.read_text(errors="replace"))
+            if found and found[1] != self.suite:
+                return found[1]
+        return ""
+
+    def _is_suite(self, name: str) -> bool:
+        """Whether what the archive signed under another name says that it is this suite."""
+        places = (self._directory / "lists").glob(f"*_dists_{name}_InRelease")
+        return any(f"\nCodename: {self.suite}\n" in place.read_text(errors="replace") for place in places)
 
     def _exclusive(self) -> AbstractContextManager[int]:
         return exclusive(self._directory, self._progress)
@@ -315,9 +353,11 @@ class Archive:
         size = sum(package.size for package in packages)
         return self._apt_get(f"Fetching {title}", ["download", *wanted], partial, lock, size)
 
-    def _configure(self) -> None:
-        """Write APT's configuration for this archive."""
+    def _configure(self, name: str = "") -> None:
+        """Write APT's configuration for this archive: for the index that is here, or for one under another name."""
         directory = self._directory
+        if not name:
+            name = self._served_as.read_text() if self._served_as.exists() else self.suite
         for part in ("lists/partial", "archives/partial"):
             (directory / part).mkdir(parents=True, exist_ok=True)
         settings = {
@@ -353,7 +393,7 @@ class Archive:
         sources = {
             "Types": "deb",
             "URIs": self.mirror,
-            "Suites": self.suite,
+            "Suites": name,
             "Components": "main",
             "Architectures": self.architecture,
             "Signed-By": str(self.keyring),

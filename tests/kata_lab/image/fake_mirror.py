@@ -131,6 +131,7 @@ class FakeMirror:
         self.files: dict[str, bytes] = {}
         self.uri = ""
         self.architecture = "riscv64"
+        self.suite = "trixie"
         self.packages: dict[str, tuple[str, dict[str, bytes | str]]] = {}
         self.modules: dict[str, bytes] = {}
         self.built_in: list[str] = []
@@ -138,8 +139,10 @@ class FakeMirror:
         self.unlisted = ""
         self.publish()
 
-    def publish(self, release: str = RELEASE, signer: Signer | None = None) -> None:
+    def publish(self, release: str = RELEASE, signer: Signer | None = None, codename: str = "trixie") -> None:
         """Serve an archive whose kernel has this release, signed by `signer`.
+
+        A `suite` other than "trixie" is a second name, under which the same is served; `codename` is what is signed.
 
         `packages` (name → dependencies and files) are in it too, `modules` (name → content) and `built_in` in its
         kernel, and the index Contents if `contents` is true, without the package `unlisted`.
@@ -176,7 +179,7 @@ class FakeMirror:
             path = CONTENTS.replace("riscv64", architecture)
             indices |= {path: text, f"{path}.gz": gzip.compress(text, mtime=0)}
         statement = (
-            "Origin: Test\nSuite: trixie\nCodename: trixie\nDate: Sat, 01 Aug 2026 00:00:00 UTC\n"
+            f"Origin: Test\nSuite: {self.suite}\nCodename: {codename}\nDate: Sat, 01 Aug 2026 00:00:00 UTC\n"
             f"Architectures: {architecture}\nComponents: main\nSHA256:\n"
         ).encode()
         for path, data in indices.items():
@@ -185,6 +188,9 @@ class FakeMirror:
                 self.files[f"/dists/trixie/{path}"] = data
         self.files["/dists/trixie/Release"] = statement
         self.files["/dists/trixie/InRelease"] = (signer or self._signer).sign(statement)
+
+        for path, data in tuple(self.files.items()):
+            self.files[path.replace("/dists/trixie/", f"/dists/{self.suite}/")] = data
 
     def requests_for(self, ending: str) -> int:
         return sum(count for path, count in self.requests.items() if path.endswith(ending))

@@ -83,6 +83,43 @@ def test_index_that_the_signature_does_not_cover_is_refused(mirror: FakeMirror, 
     assert open_archive(mirror, signer).find("busybox-static").version == "1:1-1"
 
 
+def test_suite_is_fetched_by_its_other_name_where_the_mirror_is_half_way_to_a_new_version(
+    mirror: FakeMirror, signer: Signer
+) -> None:
+    mirror.suite = "stable"
+    mirror.publish()
+    mirror.faults[f"/dists/trixie/{INDEX}"] = "wrong size"
+
+    archive = open_archive(mirror, signer)
+
+    assert archive.fetch(archive.find("busybox-static")).read_bytes() == mirror.files[f"/pool/{DEB}"]
+    assert mirror.requests_for(f"/dists/stable/{INDEX}") == 1
+    asked = mirror.requests.total()
+    assert open_archive(mirror, signer).find("busybox-static").version == "1:1-1"
+    assert mirror.requests.total() == asked
+    assert open_archive(mirror, signer).paths_of("busybox-static") == {"usr/bin/busybox"}
+
+    mirror.faults.clear()
+    archive.update()
+    asked = mirror.requests_for(f"/dists/stable/{INDEX}")
+    assert archive.find("busybox-static").version == "1:1-1"
+    assert mirror.requests_for(f"/dists/stable/{INDEX}") == asked
+
+
+def test_another_suite_behind_the_other_name_is_refused(mirror: FakeMirror, signer: Signer) -> None:
+    mirror.suite = "stable"
+    mirror.publish(codename="forky")
+    other = {path: data for path, data in mirror.files.items() if "/stable/" in path}
+    mirror.publish()
+    mirror.files |= other
+    mirror.faults[f"/dists/trixie/{INDEX}"] = "wrong hash"
+
+    with pytest.raises(ImageError, match="package index of Debian trixie with a wrong hash or size"):
+        open_archive(mirror, signer).find("busybox-static")
+
+    assert mirror.requests_for(f"/dists/stable/{INDEX}") == 1
+
+
 def test_archive_signed_by_a_stranger_is_refused(mirror: FakeMirror, signer: Signer, stranger: Signer) -> None:
     mirror.publish(signer=stranger)
 
