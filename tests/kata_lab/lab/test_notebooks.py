@@ -17,7 +17,6 @@ from tests.kata_lab.lab.test_first_machine import ECHO_TEMPLATE
 
 TOP = Path(__file__).parents[3]
 NOTEBOOKS = sorted((TOP / "notebooks").glob("*.ipynb"))
-OWN_FORM = {"06-fused-or-rpc"}  #: announces its exercise in a paragraph, and has the words of its drawing around it
 _FENCE = re.compile(r"```[^\n]*\n(.*?)```\n*(.*?)(?=\n\n|\Z)", re.DOTALL)
 _ROW = re.compile(r"^\| (\d+) \|", re.MULTILINE)
 _PART = re.compile(r"^## (\d+)\. \S", re.MULTILINE)
@@ -32,9 +31,7 @@ def place(request: pytest.FixtureRequest) -> Path:
     return found
 
 
-in_the_common_form = pytest.mark.parametrize(
-    "place", [each for each in NOTEBOOKS if each.stem not in OWN_FORM], ids=lambda path: path.name
-)
+each_notebook = pytest.mark.parametrize("place", NOTEBOOKS, ids=lambda path: path.name)
 
 
 @pytest.fixture
@@ -98,7 +95,7 @@ def test_it_ends_with_a_summary_and_with_what_to_read(notebook: nbformat.Noteboo
     assert _SECTION.search(reading), "name sections of specifications"
 
 
-@in_the_common_form
+@each_notebook
 def test_every_drawing_is_told_in_words(place: Path, notebook: nbformat.NotebookNode) -> None:
     drawings = [found for cell in words(notebook) for found in _FENCE.findall(cell)]
 
@@ -111,7 +108,7 @@ def test_every_drawing_is_told_in_words(place: Path, notebook: nbformat.Notebook
         assert "<img" not in cell
 
 
-@in_the_common_form
+@each_notebook
 def test_every_exercise_is_announced_answered_and_checked(place: Path, notebook: nbformat.NotebookNode) -> None:
     exercises = exercises_of(place.stem)
     announced = [at for at, cell in enumerate(notebook.cells) if re.search(r"^### Exercise", cell.source, re.MULTILINE)]
@@ -136,7 +133,7 @@ def test_every_cell_can_be_read_in_one_look(notebook: nbformat.NotebookNode) -> 
         assert len(cell.splitlines()) <= 40
 
 
-@in_the_common_form
+@each_notebook
 def test_errors_are_explained_from_the_first_cell_on(place: Path, notebook: nbformat.NotebookNode) -> None:
     assert f'lab.explain_errors("{place.stem}")' in code(notebook)[0]
 
