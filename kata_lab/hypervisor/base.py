@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from kata_lab.errors import KataLabError
-from vmm.config import DeviceConfig
+from vmm.config import DeviceConfig, VsockConfig
 
 
 class HypervisorError(KataLabError):
@@ -49,6 +49,18 @@ class HypervisorConfig:
     devices: Sequence[DeviceConfig] = ()
     milestones: dict[str, str] = field(default_factory=dict)
     trace: bool = False
+
+    @property
+    def directory(self) -> Path:
+        """Where sockets go: beside that of vsock, in the sandbox's own directory, which also goes if we are killed.
+
+        Raises:
+            HypervisorError: there is no vsock device with a socket.
+        """
+        for device in self.devices:
+            if isinstance(device, VsockConfig) and device.socket is not None:
+                return device.socket.parent
+        raise HypervisorError("the VM has no vsock device with a socket: its agent is reached by one")
 
 
 class Hypervisor(abc.ABC):

@@ -30,7 +30,7 @@ from kata_lab.hypervisor.qemu_machine import UNPLUGGED
 from kata_lab.hypervisor.qemu_process import SHUT_DOWN, QemuProcess, find_program
 from kata_lab.hypervisor.vm_end import end_of_vm
 from vmm.actions import ManipulateFsBackend
-from vmm.config import BlockConfig, DeviceConfig, FsConfig, NetworkConfig, VsockConfig
+from vmm.config import BlockConfig, DeviceConfig, FsConfig, NetworkConfig
 from vmm.console import Console
 from vmm.metrics import ProcessMemory, VcpuMetrics, VmMetrics
 from vmm.report import find_panic
@@ -133,7 +133,7 @@ class QemuHypervisor(Hypervisor):
         machine = qemu_machine.machine_of(config)
         program = find_program(machine.program, machine.package)
         with told(), contextlib.ExitStack() as made:
-            directory = _directory(config)
+            directory = config.directory
             for port in qemu_machine.AGENT_PORTS:
                 made.callback(qemu_machine.port_socket(directory, port).unlink, missing_ok=True)
             devices, files, networks = self._helpers(config, directory, made)
@@ -426,14 +426,6 @@ class QemuHypervisor(Hypervisor):
         if panic is not None and reason == "guest-reset":
             return f"the guest's kernel panicked: {panic}"
         return _ENDS.get(reason, how)
-
-
-def _directory(config: HypervisorConfig) -> Path:
-    """Where sockets go: beside that of vsock, in the sandbox's own directory, which also goes if we are killed."""
-    for device in config.devices:
-        if isinstance(device, VsockConfig) and device.socket is not None:
-            return device.socket.parent
-    raise HypervisorError("the sandbox has no vsock device, in whose place QEMU's guest has ports for its agent")
 
 
 def _pair(made: contextlib.ExitStack) -> tuple[socket.socket, socket.socket]:

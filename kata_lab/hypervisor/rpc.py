@@ -14,9 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import shutil
 import socket
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -63,17 +61,15 @@ class RpcHypervisor(ActingHypervisor):
         from vmm.vhost.process import FsProcess
 
         with told(), contextlib.ExitStack() as made:
-            directory = Path(tempfile.mkdtemp(prefix="kata-lab-rpc-"))
-            made.callback(shutil.rmtree, directory, ignore_errors=True)
             devices: list[DeviceConfig] = []
             for device in config.devices:
                 if isinstance(device, FsConfig) and device.name == SHARE:
-                    self._files = FsProcess(directory / "fs", cache=device.cache, queues=device.queues)
+                    self._files = FsProcess(config.directory / "fs", cache=device.cache, queues=device.queues)
                     made.callback(self._files.close)
                     devices.append(self._files.device(device.tag, device.name))
                 else:
                     devices.append(device)
-            self._vm = RemoteVm(vm_config(config, tuple(devices)), directory / "vmm")
+            self._vm = RemoteVm(vm_config(config, tuple(devices)), config.directory / "vmm")
             made.callback(self._vm.close)
             self._made = made.pop_all()
 
