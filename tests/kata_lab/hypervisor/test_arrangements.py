@@ -318,10 +318,12 @@ def test_parts_that_are_killed_end_the_sandbox_and_the_next_one_starts(arranged:
 
 
 @pytest.mark.parametrize("name", HYPERVISORS)
-def test_runtime_that_is_killed_leaves_no_process(name: str) -> None:
+def test_runtime_that_is_killed_leaves_no_process_and_nothing_but_its_directory(name: str) -> None:
     with contextlib.ExitStack() as opened:
-        place = opened.enter_context(tempfile.TemporaryDirectory())  # for what it leaves on disk
-        command, environment = [sys.executable, "-c", RUNTIME, name], {**os.environ, "XDG_RUNTIME_DIR": place}
+        place = opened.enter_context(tempfile.TemporaryDirectory())  # for its directory, which the next start removes
+        elsewhere = opened.enter_context(tempfile.TemporaryDirectory())
+        command = [sys.executable, "-c", RUNTIME, name]
+        environment = {**os.environ, "XDG_RUNTIME_DIR": place, "TMPDIR": elsewhere}
         runtime = subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True)
         opened.callback(runtime.wait)
         opened.callback(runtime.kill)
@@ -337,3 +339,4 @@ def test_runtime_that_is_killed_leaves_no_process(name: str) -> None:
         runtime.kill()
 
         assert all(select.select([each], [], [], SECONDS)[0] for each in ends)
+        assert os.listdir(elsewhere) == []
