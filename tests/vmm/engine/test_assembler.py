@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from vmm.engine.rv64.assembler import PSEUDO_INSTRUCTIONS, AssemblyError, assemble
@@ -13,6 +13,7 @@ from vmm.engine.rv64.instructions import INSTRUCTIONS, Instruction, decode, inst
 BASE = 0x8000_0000
 
 #: Fields that a word has and its assembly does not show: the manual has them zero.
+PAUSE = 0x0100000F
 SILENT = {"fence": ("fm", "rs1", "rd"), "fence.i": ("imm", "rs1", "rd")}
 
 
@@ -37,6 +38,7 @@ def canonical(row: Instruction, word: int) -> int:
 @pytest.mark.parametrize("row", INSTRUCTIONS, ids=lambda row: row.name)
 @settings(max_examples=12, deadline=None)
 @given(free=st.integers(0, (1 << 32) - 1))
+@example(free=PAUSE | 1 << 7)
 def test_every_row_survives_disassembly_and_assembly(row: Instruction, free: int) -> None:
     word = (free & ~row.mask | row.match) & (1 << 8 * row.length) - 1
     found = decode(word)
@@ -44,6 +46,11 @@ def test_every_row_survives_disassembly_and_assembly(row: Instruction, free: int
         return
     text = disassemble(word, BASE)
 
+    # A fence after writes that orders nothing is another instruction where it names no registers.
+    if row.name == "fence" and canonical(row, word) == PAUSE:
+        with pytest.raises(AssemblyError, match="would be read as pause"):
+            assemble(text, BASE)
+        return
     program = assemble(text, BASE)
 
     assert program == canonical(row, word).to_bytes(row.length, "little")
@@ -120,7 +127,7 @@ def test_memory_order_and_rounding_mode_are_written_as_they_are_shown() -> None:
 def test_pause_is_a_hint_among_the_fences() -> None:
     program = assemble("pause\nfence w, w")
 
-    assert program[:4] == (0x0100000F).to_bytes(4, "little")
+    assert program[:4] == PAUSE.to_bytes(4, "little")
     assert listing(program) == ["pause", "fence w, w"]
 
 
