@@ -537,7 +537,13 @@ def find_keyring(keyring: Path | None = None) -> Path:
 def _host_network_settings() -> dict[str, str]:
     """How the host's APT reaches the network; nothing that weakens a verification."""
     answer = subprocess.run(
-        ["apt-config", "dump"], stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", check=False
+        ["apt-config", "dump"],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=False,
+        process_group=0,  # Ctrl-C at a terminal is for this process
     )
     settings: dict[str, str] = {}
     for line in answer.stdout.splitlines():

@@ -27,7 +27,7 @@ from kata_lab.image.absent import add_absent_libraries
 from kata_lab.image.apt import Archive, Package, PackageGoneError, UnknownPackageError, cached
 from kata_lab.image.boot_root import CONFIGURATION, INIT, boot_root
 from kata_lab.image.description import Description, did_you_mean, find_description, load_description
-from kata_lab.image.guest_files import agent_files, init_program
+from kata_lab.image.guest_files import agent_files, agent_recipe, init_program
 from kata_lab.image.kernel import (
     FINIT_MODULE,
     KernelPackage,
@@ -253,7 +253,7 @@ def _recipe(description: Description, lock: Lock) -> str:
     parts = [str(_FORMAT).encode(), description.sha256.encode(), lock.encode(), init_program()]
     parts.append(description.command_line.encode())
     if description.agent:
-        parts += agent_files().values()
+        parts.append(agent_recipe())
     return hashlib.sha256(b"\0".join(hashlib.sha256(part).digest() for part in parts)).hexdigest()
 
 

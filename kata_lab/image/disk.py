@@ -141,6 +141,7 @@ def _run(command: Sequence[str], **variables: str) -> None:
         text=True,
         errors="replace",
         check=False,
+        process_group=0,  # Ctrl-C at a terminal is for this process
     )
     if answer.returncode != 0:
         complaint = " ".join((answer.stderr or answer.stdout).split())[-300:]

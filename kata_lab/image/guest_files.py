@@ -7,6 +7,7 @@ modules are compiled here: a guest that compiles them itself answers some 100 mi
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import subprocess
 import tempfile
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Final
 
 import kata_lab
+from kata_lab.errors import ImageError
 
 AGENT_DIRECTORY: Final = "usr/lib/kata-lab"
 AGENT: Final = f"/{AGENT_DIRECTORY}/agent.py"
@@ -31,15 +33,32 @@ def init_program() -> bytes:
 
 
 def agent_files() -> dict[str, bytes]:
-    """Path, without the leading ``/`` → content, of the agent and the device manager."""
-    sources = (path for part in _PARTS for path in sorted((_PACKAGE / "guest" / part).glob("*.py")))
-    files = {path.name: path.read_bytes() for path in sources}
-    files["wire.py"] = (_PACKAGE / "protocol" / "wire.py").read_bytes()
-    files["interface.py"] = _interface()
-    compiler = _compiler()
+    """Path, without the leading ``/`` → content, of the agent and the device manager.
+
+    Raises:
+        ImageError: the compiler was killed.
+    """
+    files, compiler = _sources(), _compiler()
     if compiler is not None:
         files = dict(_compiled(compiler, name, content) for name, content in files.items())
     return {f"{AGENT_DIRECTORY}/{name}": content for name, content in files.items()}
+
+
+def agent_recipe() -> bytes:
+    """A hash of all that decides what :func:`agent_files` gives: the sources, and the compiler if there is one."""
+    compiler = _compiler()
+    parts = [b"" if compiler is None else compiler.read_bytes()]
+    for name, content in _sources().items():
+        parts += [name.encode(), content]
+    return hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in parts)).digest()
+
+
+def _sources() -> dict[str, bytes]:
+    paths = (path for part in _PARTS for path in sorted((_PACKAGE / "guest" / part).glob("*.py")))
+    files = {path.name: path.read_bytes() for path in paths}
+    files["wire.py"] = (_PACKAGE / "protocol" / "wire.py").read_bytes()
+    files["interface.py"] = _interface()
+    return files
 
 
 def _compiler() -> Path | None:
@@ -60,10 +79,14 @@ def _compiled(compiler: Path, name: str, source: bytes) -> tuple[str, bytes]:
         path.write_bytes(source)
         command = [str(compiler), "-s", name, "-o", str(target), str(path)]
         try:
-            subprocess.run(command, check=True, capture_output=True)
-            bytecode = target.read_bytes()
-        except (OSError, subprocess.CalledProcessError):
+            # Ctrl-C at a terminal, and a notebook's stop button, are for this process: without its compiler an image
+            # would get an agent that starts more slowly.
+            done = subprocess.run(command, capture_output=True, check=False, process_group=0)
+            bytecode = target.read_bytes() if done.returncode == 0 else b""
+        except OSError:
             return name, source
+        if done.returncode < 0:
+            raise ImageError(f"{compiler.name}, which compiles the agent, was ended by signal {-done.returncode}")
     if not bytecode.startswith(_BYTECODE):
         return name, source
     return path.with_suffix(".mpy").name, bytecode

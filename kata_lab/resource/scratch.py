@@ -132,6 +132,13 @@ def run_tool(name: str, *arguments: str) -> None:
     program = shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
     if program is None:
         raise KataLabError(f"this machine has no {name} to make a disk with: install the package e2fsprogs")
-    made = subprocess.run([program, *arguments], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+    made = subprocess.run(
+        [program, *arguments],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+        process_group=0,  # Ctrl-C at a terminal is for this process
+    )
     if made.returncode:
         raise KataLabError(f"{name} failed with status {made.returncode}: {made.stderr.strip()[-300:]}")

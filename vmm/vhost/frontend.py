@@ -16,7 +16,6 @@ Left out: a saved state, since what the guest has open is known to the back end 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import errno
 import os
 import select
@@ -140,6 +139,15 @@ class _Forwarded:
     running: bool = False
 
 
+def _drained(descriptor: int) -> bool:
+    """Whether there was something in an eventfd, which is empty now."""
+    try:
+        os.eventfd_read(descriptor)
+    except BlockingIOError:
+        return False
+    return True
+
+
 class VhostFsDevice(SharedDirectory):
     """Shared directories that a process at a socket serves.
 
@@ -255,8 +263,7 @@ class VhostFsDevice(SharedDirectory):
 
     def _on_call(self, index: int) -> None:
         with self.served():
-            with contextlib.suppress(BlockingIOError):
-                os.eventfd_read(self._forwarded[index].call)
+            _drained(self._forwarded[index].call)
             self._collect(index)
 
     def _collect(self, index: int) -> None:
@@ -276,8 +283,8 @@ class VhostFsDevice(SharedDirectory):
 
     def _on_error(self, index: int) -> None:
         with self.served():
-            with contextlib.suppress(BlockingIOError):
-                os.eventfd_read(self._forwarded[index].error)
+            if not _drained(self._forwarded[index].error):
+                return  # it was about what came before a reset
             raise QueueError(f"the back end of {self.name} refuses what the driver put into a queue")
 
     # The back end's life.
@@ -406,6 +413,11 @@ class VhostFsDevice(SharedDirectory):
             each.ring.reset()
         if self._resets and self._forwarded:
             self._try(RequestKind.RESET_DEVICE)
+        # From here on the back end says nothing about the rings. It told of a mistake through the error descriptor of
+        # each of them, which must not stop the device that the driver brings up next.
+        for each in self._forwarded:
+            _drained(each.call)
+            _drained(each.error)
 
     def pause(self) -> None:
         self._halted = {index: self._halt(index) for index, each in enumerate(self._forwarded) if each.running}

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from kata_lab.errors import ImageError
 from kata_lab.image import guest_files
 
 PLACE = f"{guest_files.AGENT_DIRECTORY}/"
@@ -41,3 +44,29 @@ def test_a_compiler_that_makes_nothing_of_use_leaves_the_source(
     compiler = _write_compiler(tmp_path, body)
     monkeypatch.setattr(guest_files, "_compiler", lambda: compiler)
     assert {Path(name).suffix for name in guest_files.agent_files()} == {".py"}
+
+
+def test_a_compiler_that_is_killed_is_no_reason_for_another_guest(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    compiler = _write_compiler(tmp_path, "kill -INT $$")
+    monkeypatch.setattr(guest_files, "_compiler", lambda: compiler)
+    with pytest.raises(ImageError, match="was ended by signal 2"):
+        guest_files.agent_files()
+
+
+def test_the_stop_button_does_not_reach_the_compiler(tmp_path: Path) -> None:
+    """Jupyter interrupts the whole process group of the kernel."""
+    compiler = _write_compiler(
+        tmp_path, "kill -INT -- -$(cut -d ' ' -f 5 /proc/$PPID/stat); sleep 0.01; printf 'M\\006' > $4"
+    )
+    program = (
+        "import pathlib, signal, sys\n"
+        "from kata_lab.image import guest_files\n"
+        "signal.signal(signal.SIGINT, lambda *_: None)\n"
+        "guest_files._compiler = lambda: pathlib.Path(sys.argv[1])\n"
+        "print(*{pathlib.Path(name).suffix for name in guest_files.agent_files()})\n"
+    )
+    command = [sys.executable, "-c", program, str(compiler)]
+    done = subprocess.run(command, capture_output=True, text=True, start_new_session=True, check=True)
+    assert set(done.stdout.split()) == {".py", ".mpy"}

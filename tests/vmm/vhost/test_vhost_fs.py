@@ -6,6 +6,7 @@ import asyncio
 import errno
 import fcntl
 import os
+import select
 import signal
 import socket
 import threading
@@ -285,6 +286,23 @@ def test_a_request_too_short_for_a_header_stops_the_device_until_a_reset(client:
         assert client.driver.interrupted.wait(SECONDS)
     client.driver.start(size=512)
     assert Client(client.driver).walk("hello")
+
+
+def test_a_mistake_from_before_a_reset_does_not_stop_the_device_after_it(client: Client) -> None:
+    """The back end tells of it through every ring; here the loop sees that only when the driver has done its reset."""
+    device, go_on = client.driver.device, threading.Event()
+    client.driver.loop.loop.call_soon_threadsafe(go_on.wait)
+    try:
+        client.driver.add(1, [b"short"], [16])
+        client.driver.notify(1)
+        for forwarded in device._forwarded:
+            assert select.select([forwarded.error], [], [], SECONDS)[0]
+        client.driver.start(size=512)
+    finally:
+        go_on.set()
+
+    assert Client(client.driver).walk("hello")
+    assert not client.driver.needs_reset
 
 
 def test_a_chain_outside_of_memory_never_reaches_the_back_end(process: FsProcess, client: Client) -> None:
