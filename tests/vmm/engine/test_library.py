@@ -11,7 +11,6 @@ import pytest
 
 from vmm.engine.rv64 import library
 from vmm.engine.rv64.build import MAGIC
-from vmm.engine.rv64.hart import Rv64Engine
 from vmm.errors import EngineError
 
 RUN_ONE = (
@@ -32,12 +31,10 @@ def run(home: Path, program: str = RUN_ONE) -> subprocess.CompletedProcess[str]:
 @pytest.fixture
 def home(tmp_path: Path) -> Path:
     """A cache of its own with a copy of the compiled hart."""
-    Rv64Engine.prepare()
-    kept = library.cache_directory() / "code"
-    newest = max(kept.glob("hart-*.o"), key=lambda path: path.stat().st_mtime)
-    target = tmp_path / "cache" / "code" / newest.name
+    made = library.ensure()
+    target = tmp_path / "cache" / "code" / made.name
     target.parent.mkdir(parents=True)
-    target.write_bytes(newest.read_bytes())
+    target.write_bytes(made.read_bytes())
     return tmp_path
 
 

@@ -72,7 +72,7 @@ def _link(functions: dict[str, Any], groups: list[Any]) -> tuple[Any, dict[str, 
     """One LLVM module of all functions, in which only the entry points are visible; and their symbols."""
     import llvmlite.binding as llvm
 
-    from vmm.engine.rv64 import decoder, executor, mmu, operands, system
+    from vmm.engine.rv64 import decoder, executor, fused, fusion, mmu, operands, shadow, system
     from vmm.engine.rv64.native import compiled_functions
 
     def symbol(function: Any) -> str:
@@ -87,8 +87,9 @@ def _link(functions: dict[str, Any], groups: list[Any]) -> tuple[Any, dict[str, 
             if not function.is_declaration:
                 function.linkage = "weak_odr"
         linked.link_in(module)
-    inlined = {symbol(function) for function in [*operands.INLINED, *groups]}
-    called = {symbol(function) for function in [*system.CALLED, *mmu.CALLED, *decoder.CALLED]}
+    inlined = {symbol(function) for function in [*operands.INLINED, *fused.INLINED, *groups]}
+    modules = (system, mmu, decoder, operands, fused, fusion, shadow)
+    called = {symbol(function) for module in modules for function in module.CALLED}
     for function in linked.functions:
         if function.is_declaration:
             continue

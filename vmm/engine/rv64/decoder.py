@@ -10,18 +10,8 @@ from llvmlite import ir
 from numba import types
 
 from vmm.engine.rv64.instructions import INSTRUCTIONS, Instruction
-from vmm.engine.rv64.layout import (
-    ILLEGAL,
-    SHADOW_STRIDE,
-    SINK,
-    Hart,
-    Machine,
-)
-from vmm.engine.rv64.mmu import fetch_word, note_code
-from vmm.engine.rv64.native import I64, define, load_i64, load_u16, native, publish_i64, store_i64
-
-S_MACHINE, S_SCRATCH, S_SCRATCH_USED = Hart.MACHINE, Hart.SCRATCH, Hart.SCRATCH_USED
-M_RAM_HOST, M_SHADOW = Machine.RAM_HOST, Machine.SHADOW
+from vmm.engine.rv64.layout import ILLEGAL, SINK
+from vmm.engine.rv64.native import I64, define, load_i64, native
 
 MOVES = 9
 # One row: mask, match, operation, scale, sign bit + 1, three registers, two reserved values, moves
@@ -190,55 +180,5 @@ def decode_word(word: int) -> int:
     return ILLEGAL
 
 
-@native
-def put_in_scratch(s: int, offset: int, word: int) -> int:
-    """Make a record the only one in this hart's scratch page."""
-    used = load_i64(s + S_SCRATCH_USED)
-    if used:
-        store_i64(used, 0)
-    store_i64(s + S_SCRATCH + offset, word)
-    return store_i64(s + S_SCRATCH_USED, s + S_SCRATCH + offset)
-
-
-@native
-def decode(s: int, record: int, page: int, pc: int) -> int:
-    """Fill in the record at ``record`` of shadow page ``page``; ``pc`` is its instruction's address.
-
-    Returns the record, 0 with the exception noted, or -1 if the instruction straddles two pages: what its second
-    half is depends on the mapping in force, so it is put into this hart's scratch page instead.
-    """
-    machine = load_i64(s + S_MACHINE)
-    number = (page - load_i64(machine + M_SHADOW)) // SHADOW_STRIDE
-    offset = (record - page) >> 2
-    host = load_i64(machine + M_RAM_HOST) + (number << 12) + offset
-    low = load_u16(host)
-    if offset == 4094 and low & 3 == 3:
-        word = fetch_word(s, pc)
-        if word == -1:
-            return 0
-        put_in_scratch(s, record - page, decode_word(word))
-        return -1
-    if low & 3 == 3:
-        low |= load_u16(host + 2) << 16
-    decoded = decode_word(low)
-    publish_i64(record, decoded)
-    note_code(s, number)
-    return decoded
-
-
-@native
-def prepare_step(s: int, record: int, page: int, pc: int) -> int:
-    """Put the record of one instruction into the otherwise empty scratch page. 0 with the exception noted, else 1."""
-    word = load_i64(record)
-    if word == 0:
-        word = decode(s, record, page, pc)
-        if word == 0:
-            return 0
-        if word == -1:
-            return 1
-    put_in_scratch(s, record - page, word)
-    return 1
-
-
 #: Functions that are called, never made part of their callers.
-CALLED = [decode, decode_word, prepare_step]
+CALLED = [decode_word]

@@ -12,11 +12,13 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 
-from vmm.engine.rv64 import arithmetic, floating, mmu, native, operands, system
+from vmm.engine.rv64 import arithmetic, floating, fused, mmu, native, operands, system
+from vmm.engine.rv64.fused import FUSED, Fused
 from vmm.engine.rv64.instructions import INSTRUCTIONS, Instruction
 from vmm.engine.rv64.layout import Hart
 from vmm.engine.rv64.native import I64, define
 
+ROWS: tuple[Instruction | Fused, ...] = (*INSTRUCTIONS, *FUSED)
 GROUP = 16  #: rows that numba compiles as one function: its analyses take more than linear time
 STRAIGHT = "rv64_straight"  #: symbol of the inner loop, made when everything is linked
 PARAMETERS = "operation, s, word, record, retired"
@@ -123,9 +125,13 @@ def _statements(row: Instruction) -> list[str]:
 def group_source(number: int) -> str:
     """Python text of one group of rows."""
     lines = [f"def group_{number}({PARAMETERS}):"]
-    for row in INSTRUCTIONS[number * GROUP : (number + 1) * GROUP]:
-        lines.append(f"    if operation == {row.operation}:  # {row.name}: {row.semantics}")
-        lines += ["        " + line for line in _statements(row)]
+    for row in ROWS[number * GROUP : (number + 1) * GROUP]:
+        if isinstance(row, Fused):
+            name, statements = row.name, list(row.statements)
+        else:
+            name, statements = f"{row.name}: {row.semantics}", _statements(row)
+        lines.append(f"    if operation == {row.operation}:  # {name}")
+        lines += ["        " + line for line in statements]
     lines.append("    return record")
     return "\n".join(lines) + "\n"
 
@@ -137,7 +143,7 @@ def source() -> str:
 
 def groups() -> int:
     """How many groups there are."""
-    return -(-len(INSTRUCTIONS) // GROUP)
+    return -(-len(ROWS) // GROUP)
 
 
 def _emit_straight(builder: ir.IRBuilder, *values: ir.Value) -> ir.Value:
@@ -156,6 +162,18 @@ straight = define(
 )
 
 
+def _count(row: Fused) -> tuple[list[str], str]:
+    """LLVM text that takes apart what a fused row returned; the name of the new number of instructions retired."""
+    n = row.operation
+    if row.loops:
+        lines = [f"  %field{n} = add i64 %s, {Hart.AHEAD}", f"  %at{n} = inttoptr i64 %field{n} to ptr"]
+        lines += [f"  %more{n} = load i64, ptr %at{n}, align 8", f"  %next{n} = load i64, ptr %place{n}"]
+    else:
+        lines = [f"  %both{n} = load i64, ptr %place{n}", f"  %more{n} = and i64 %both{n}, 7"]
+        lines.append(f"  %next{n} = and i64 %both{n}, -8")
+    return [*lines, f"  %retired{n} = add i64 %retired, %more{n}"], f"%retired{n}"
+
+
 def straight_module(symbols: list[str]) -> str:
     """LLVM text of the inner loop: load a record, count, jump by its operation.
 
@@ -163,31 +181,34 @@ def straight_module(symbols: list[str]) -> str:
     down to the one row. The groups have numba's calling convention (result and exception pointers).
     """
     kind = "i32 (ptr, ptr, i64, i64, i64, i64, i64)"
-    first = INSTRUCTIONS[0].operation
-    cases, blocks = [], []
-    for row in INSTRUCTIONS:
+    first = ROWS[0].operation
+    cases, blocks, counts = [], [], []
+    for row in ROWS:
         n, symbol = row.operation, symbols[(row.operation - first) // GROUP]
         cases.append(f"    i8 {n}, label %row{n}")
+        after, count = (
+            _count(row) if isinstance(row, Fused) else ([f"  %next{n} = load i64, ptr %place{n}"], "%retired")
+        )
+        counts.append(f"[{count}, %row{n}]")
         blocks += [
             f"row{n}:",
             f"  call {kind} @{symbol}(ptr %place{n}, ptr null, i64 {n}, i64 %s, i64 %word, i64 %record, i64 %retired)",
-            f"  %next{n} = load i64, ptr %place{n}",
+            *after,
             "  br label %loop",
         ]
     # Every value of the operation has a case, so that nothing has to be compared before the jump.
-    cases += [f"    i8 {n}, label %end" for n in range(256) if not 0 <= n - first < len(INSTRUCTIONS)]
-    predecessors = ", ".join(f"[%next{row.operation}, %row{row.operation}]" for row in INSTRUCTIONS)
-    counts = ", ".join(f"[%retired, %row{row.operation}]" for row in INSTRUCTIONS)
+    cases += [f"    i8 {n}, label %end" for n in range(256) if not 0 <= n - first < len(ROWS)]
+    predecessors = ", ".join(f"[%next{row.operation}, %row{row.operation}]" for row in ROWS)
     return "\n".join(
         [
             *(f"declare i32 @{symbol}(ptr, ptr, i64, i64, i64, i64, i64)" for symbol in symbols),
             f"define i64 @{STRAIGHT}(i64 %s, i64 %start, i64 %count) {{",
             "entry:",
-            *(f"  %place{row.operation} = alloca i64" for row in INSTRUCTIONS),
+            *(f"  %place{row.operation} = alloca i64" for row in ROWS),
             "  br label %loop",
             "loop:",
             f"  %record = phi i64 [%start, %entry], {predecessors}",
-            f"  %before = phi i64 [%count, %entry], {counts}",
+            f"  %before = phi i64 [%count, %entry], {', '.join(counts)}",
             "  %pointer = inttoptr i64 %record to ptr",
             "  %word = load i64, ptr %pointer, align 8",
             "  %retired = add i64 %before, 1",
@@ -221,7 +242,7 @@ def compile_groups() -> list[Any]:
 def namespace() -> dict[str, Any]:
     """What the compiled texts refer to."""
     names: dict[str, Any] = {}
-    for module in (native, arithmetic, mmu, system, floating, operands):
+    for module in (native, arithmetic, mmu, system, floating, operands, fused):
         names.update({name: value for name, value in vars(module).items() if not name.startswith("_")})
     names.update({name: value for name, value in vars(Hart).items() if not name.startswith("_")})
     names["SIGN"] = -1 << 63

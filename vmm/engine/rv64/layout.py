@@ -27,7 +27,7 @@ SHADOW_SPAN = PAGE_SIZE << RECORD_SHIFT  #: bytes of a shadow page that stand fo
 SHADOW_STRIDE = SHADOW_SPAN + 16  #: bytes from one shadow page to the next
 SINK = 32  #: index of the register that takes what is written to x0
 
-#: Operations that are not rows of the instruction table: not decoded yet, no instruction, end of the straight line.
+#: Operations that stand for no instruction: not decoded yet, none there is, end of the straight line.
 UNDECODED, ILLEGAL, FIRST_OPERATION, STOP_OPERATION = 0, 1, 2, 255
 
 TLB_ENTRIES = 256
@@ -58,6 +58,7 @@ SSTATUS_UXL_64 = 2 << 32
 CLOCK_REAL, CLOCK_DETERMINISTIC = 0, 1
 POLL_INSTRUCTIONS = 1 << 15  #: at the most so many instructions between two looks at the real clock
 WATCH_INSTRUCTIONS = 1 << 24  #: and so many between two looks around with the deterministic one
+REACH = 140  #: bytes before an instruction in which a record may begin that stands for it, too
 RECENT_PAGES = 4096  #: how many new code pages are remembered for harts that have not heard of them
 
 
@@ -129,6 +130,7 @@ class Hart:
     STRADDLES = _field()  #: 1: the scratch page holds the instruction at NEXT_PC, which straddles two pages
     NEXT_PC = _field()  #: where to go on after leaving a page
     RECORD = _field()  #: record that left the straight line
+    AHEAD = _field()  #: instructions that a fused loop retired besides its first
     STOP = _field()  #: a record that ends the straight line: operation STOP_OPERATION
     # Translation
     TLB = _field()  #: address of the data TLB in force

@@ -6,7 +6,6 @@ of the record, and the number of instructions retired. Everything else is done b
 
 from __future__ import annotations
 
-from vmm.engine.rv64.decoder import decode, prepare_step
 from vmm.engine.rv64.executor import straight
 from vmm.engine.rv64.layout import (
     FETCH_ENTRY,
@@ -21,6 +20,7 @@ from vmm.engine.rv64.layout import (
 from vmm.engine.rv64.mmu import fetch_missed, hear_of_code
 from vmm.engine.rv64.native import acquire_i64, load_i64, native, publish_i64, store_i64
 from vmm.engine.rv64.operands import pc_of
+from vmm.engine.rv64.shadow import decode, prepare_step
 from vmm.engine.rv64.system import flush_as_asked, illegal, look_around, refuse_access, take_fault
 
 S_PC, S_RETIRED, S_LIMIT, S_INSIDE, S_PENDING = Hart.PC, Hart.RETIRED, Hart.LIMIT, Hart.INSIDE, Hart.PENDING

@@ -25,6 +25,7 @@ from vmm.engine.rv64.layout import (
     NO_TAG,
     PENDING_DONE,
     PENDING_NONE,
+    REACH,
     RECENT_PAGES,
     SHADOW_SPAN,
     SHADOW_STRIDE,
@@ -121,7 +122,7 @@ def host_of(machine: int, address: int) -> int:
 def drop_records(machine: int, address: int, length: int) -> int:
     """Forget decoded instructions that overlap ``length`` bytes of RAM at a physical address."""
     offset = address - load_i64(machine + M_RAM_BASE)
-    first = offset - 2  # a 4-byte instruction may begin in the slot before
+    first = offset - REACH  # where an instruction, or a record of several, may begin that has these bytes in it
     if first < 0:
         first = 0
     first &= -2

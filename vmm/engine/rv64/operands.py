@@ -11,7 +11,7 @@ from llvmlite import ir
 from numba import types
 
 from vmm.engine.rv64.arithmetic import box
-from vmm.engine.rv64.layout import DATA_ENTRY, NO_RESERVATION, SHADOW_SPAN, TLB_ENTRIES, Hart
+from vmm.engine.rv64.layout import DATA_ENTRY, FETCH_ENTRY, NO_RESERVATION, SHADOW_SPAN, TLB_ENTRIES, Hart
 from vmm.engine.rv64.mmu import atomic_address, load_missed, raise_exception, reserve_address, store_missed
 from vmm.engine.rv64.native import (
     I8,
@@ -38,6 +38,7 @@ from vmm.engine.rv64.system import access_csr, illegal
 
 S_TLB, S_FAULT, S_FS, S_FRM, S_LIMIT = Hart.TLB, Hart.FAULT, Hart.FS, Hart.FRM, Hart.LIMIT
 S_PAGE, S_PAGE_PC, S_NEXT_PC, S_RECORD, S_STOP = Hart.PAGE, Hart.PAGE_PC, Hart.NEXT_PC, Hart.RECORD, Hart.STOP
+S_FETCH_TLB, S_STEPPING = Hart.FETCH_TLB, Hart.STEPPING
 S_SERIALISE, S_RESERVATION, S_RESERVED_VALUE = Hart.SERIALISE, Hart.RESERVATION, Hart.RESERVED_VALUE
 TLB_MASK = TLB_ENTRIES - 1
 
@@ -93,12 +94,30 @@ def pc_of(s: int, record: int) -> int:
 
 
 @native
+def leave_page(s: int, record: int, target: int, retired: int) -> int:
+    """Go on in another page; through NEXT_PC if its translation is not at hand or something waits."""
+    entry = load_i64(s + S_FETCH_TLB) + (target >> 12 & TLB_MASK) * FETCH_ENTRY
+    if load_i64(entry) == target & -4096 and retired < load_i64(s + S_LIMIT) and load_i64(s + S_STEPPING) == 0:
+        page = load_i64(entry + 8)
+        store_i64(s + S_PAGE, page)
+        store_i64(s + S_PAGE_PC, target & -4096)
+        return page + ((target & 4095) << 2)
+    store_i64(s + S_NEXT_PC, target)
+    return stop(s, record)
+
+
+@native
+def jump_out(s: int, record: int, target: int, retired: int) -> int:
+    """Go on at what would be a record if this page went on beyond its ends."""
+    return leave_page(s, record, pc_of(s, target), retired)
+
+
+@native
 def jump_near(s: int, record: int, target: int, retired: int) -> int:
-    """Go on at a record; through NEXT_PC if it is in another page or something waits."""
+    """Go on at a record, or in another page if there is none in this one."""
     if less_unsigned(target - load_i64(s + S_PAGE), SHADOW_SPAN) and retired < load_i64(s + S_LIMIT):
         return target
-    store_i64(s + S_NEXT_PC, pc_of(s, target))
-    return stop(s, record)
+    return jump_out(s, record, target, retired)
 
 
 @native
@@ -106,8 +125,7 @@ def jump_far(s: int, record: int, target: int, retired: int) -> int:
     """Go on at a virtual address."""
     if target & -4096 == load_i64(s + S_PAGE_PC) and retired < load_i64(s + S_LIMIT):
         return load_i64(s + S_PAGE) + ((target & 4095) << 2)
-    store_i64(s + S_NEXT_PC, target)
-    return stop(s, record)
+    return leave_page(s, record, target, retired)
 
 
 @native
@@ -260,7 +278,10 @@ store_to_i64 = _storer(store_i64, 8)
 
 #: Functions that belong into each row's code; whatever is behind them is called.
 INLINED = [
-    *[stop, pc_of, jump_near, jump_far, serialise, floating_off, floating_dirty, rounding_mode],
+    *[stop, pc_of, leave_page, jump_near, jump_far, serialise, floating_off, floating_dirty, rounding_mode],
     *[load_x_i8, load_x_u8, load_x_i16, load_x_u16, load_x_i32, load_x_u32, load_x_i64, load_f_u32, load_f_i64],
     *[store_to_i8, store_to_i16, store_to_i32, store_to_i64],
 ]
+
+#: Functions that are called, never made part of their callers.
+CALLED = [jump_out]
