@@ -50,7 +50,7 @@ def encode(schema, name, message):
         value = message[field]
         if value is None:
             continue
-        where = name + "." + field
+        where = name, field
         if label == "one":
             if kind in _DEFAULTS and value == _DEFAULTS[kind] and isinstance(value, type(_DEFAULTS[kind])):
                 continue
@@ -59,7 +59,7 @@ def encode(schema, name, message):
             _put(out, schema, number, kind, value, where)
         elif label == "many":
             if not isinstance(value, (list, tuple)):
-                raise WireError(f"{where} is {value!r}, it must be a list")
+                raise WireError(f"{_named(where)} is {value!r}, it must be a list")
             if kind in _BOUNDS or kind == "bool":
                 packed = bytearray()
                 for each in value:
@@ -73,7 +73,7 @@ def encode(schema, name, message):
                     _put(out, schema, number, kind, each, where)
         else:
             if not isinstance(value, dict):
-                raise WireError(f"{where} is {value!r}, it must be a dictionary")
+                raise WireError(f"{_named(where)} is {value!r}, it must be a dictionary")
             for key in value:
                 entry = bytearray()
                 _put(entry, schema, 1, label, key, where)
@@ -134,12 +134,12 @@ def _decode(schema, fields, name, data, depth):
         if number not in fields:
             continue
         field, kind, label = fields[number]
-        where = name + "." + field
+        where = name, field
         if label == "many":
             if wire == _BYTES and (kind in _BOUNDS or kind == "bool"):
                 inner = 0
                 while inner < len(value):
-                    one, inner = _take_varint(value, inner, where)
+                    one, inner = _take_varint(value, inner, name)
                     message[field].append(_scalar(kind, one, _VARINT, where))
             else:
                 message[field].append(_value(schema, kind, value, wire, where, depth))
@@ -147,10 +147,16 @@ def _decode(schema, fields, name, data, depth):
             message[field] = _value(schema, kind, value, wire, where, depth)
         else:
             if wire != _BYTES:
-                raise WireError(f"{where} has wire type {wire}, it must be {_BYTES}")
-            entry = _decode(schema, {1: ("key", label, "one"), 2: ("value", kind, "one")}, where, value, depth + 1)
+                raise WireError(f"{_named(where)} has wire type {wire}, it must be {_BYTES}")
+            parts = {1: ("key", label, "one"), 2: ("value", kind, "one")}
+            entry = _decode(schema, parts, _named(where), value, depth + 1)
             message[field][entry["key"]] = entry["value"]
     return message
+
+
+def _named(where):
+    """A field for people. Its name is made when it is needed: to make a text is dear in MicroPython."""
+    return ".".join(where)
 
 
 def _put(out, schema, number, kind, value, where):
@@ -160,15 +166,15 @@ def _put(out, schema, number, kind, value, where):
         return
     if kind == "string":
         if not isinstance(value, str):
-            raise WireError(f"{where} is {value!r}, it must be text")
+            raise WireError(f"{_named(where)} is {value!r}, it must be text")
         data = value.encode()
     elif kind == "bytes":
         if not isinstance(value, (bytes, bytearray, memoryview)):
-            raise WireError(f"{where} is {value!r}, it must be bytes")
+            raise WireError(f"{_named(where)} is {value!r}, it must be bytes")
         data = value
     else:
         if not isinstance(value, dict):
-            raise WireError(f"{where} is {value!r}, it must be a dictionary, a message {kind}")
+            raise WireError(f"{_named(where)} is {value!r}, it must be a dictionary, a message {kind}")
         data = encode(schema, kind, value)
     _put_varint(out, number << 3 | _BYTES)
     _put_varint(out, len(data))
@@ -178,11 +184,11 @@ def _put(out, schema, number, kind, value, where):
 def _checked(kind, value, where):
     if kind == "bool":
         if not isinstance(value, bool):
-            raise WireError(f"{where} is {value!r}, it must be True or False")
+            raise WireError(f"{_named(where)} is {value!r}, it must be True or False")
         return int(value)
     low, high = _BOUNDS[kind]
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise WireError(f"{where} is {value!r}, it must be a whole number from {low} to {high}")
+        raise WireError(f"{_named(where)} is {value!r}, it must be a whole number from {low} to {high}")
     return value & 0xFFFFFFFFFFFFFFFF
 
 
@@ -210,19 +216,19 @@ def _value(schema, kind, value, wire, where, depth):
     if kind in _DEFAULTS:
         return _scalar(kind, value, wire, where)
     if wire != _BYTES:
-        raise WireError(f"{where} has wire type {wire}, it must be {_BYTES}")
+        raise WireError(f"{_named(where)} has wire type {wire}, it must be {_BYTES}")
     return decode(schema, kind, value, depth + 1)
 
 
 def _scalar(kind, value, wire, where):
     expected = _BYTES if kind in ("string", "bytes") else _VARINT
     if wire != expected:
-        raise WireError(f"{where} has wire type {wire}, it must be {expected}")
+        raise WireError(f"{_named(where)} has wire type {wire}, it must be {expected}")
     if kind == "string":
         try:
             return str(bytes(value), "utf-8")
         except ValueError as error:
-            raise WireError(f"{where} is not UTF-8") from error
+            raise WireError(f"{_named(where)} is not UTF-8") from error
     if kind == "bytes":
         return bytes(value)
     if kind == "bool":
