@@ -26,8 +26,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from vmm.engine.rv64.instructions import INSTRUCTIONS
-from vmm.engine.rv64.layout import DATA_ENTRY, STOP_OPERATION, TLB_ENTRIES, Hart
-from vmm.engine.rv64.mmu import load_missed, store_missed
+from vmm.engine.rv64.layout import STOP_OPERATION, Hart
+from vmm.engine.rv64.mmu import data_entry, load_missed, store_missed
 from vmm.engine.rv64.native import (
     acquire_i64,
     divide_unsigned,
@@ -39,8 +39,7 @@ from vmm.engine.rv64.native import (
 )
 from vmm.engine.rv64.operands import stop
 
-S_X, S_TLB, S_FAULT, S_LIMIT, S_AHEAD = Hart.X, Hart.TLB, Hart.FAULT, Hart.LIMIT, Hart.AHEAD
-TLB_MASK = TLB_ENTRIES - 1
+S_X, S_FAULT, S_LIMIT, S_AHEAD = Hart.X, Hart.FAULT, Hart.LIMIT, Hart.AHEAD
 TAG_BITS = -4096 | 7  # of an aligned access to 8 bytes
 
 #: Accesses of one record lie at most so many bytes below and above the first.
@@ -124,15 +123,9 @@ assert FUSED[-1].operation < STOP_OPERATION
 
 
 @native
-def tlb_entry(s: int, address: int) -> int:
-    """Where the TLB in force has or would have a virtual address."""
-    return load_i64(s + S_TLB) + (address >> 12 & TLB_MASK) * DATA_ENTRY
-
-
-@native
 def load_one(s: int, place: int, address: int, following: int, record: int) -> int:
     """Load 8 bytes into the register at host address ``place``; the next record."""
-    entry = tlb_entry(s, address)
+    entry = data_entry(s, address)
     if load_i64(entry) == address & TAG_BITS:
         value = load_i64(address + load_i64(entry + 16))
     else:
@@ -146,7 +139,7 @@ def load_one(s: int, place: int, address: int, following: int, record: int) -> i
 @native
 def store_one(s: int, value: int, address: int, following: int, record: int) -> int:
     """Store 8 bytes; the next record."""
-    entry = tlb_entry(s, address)
+    entry = data_entry(s, address)
     if load_i64(entry + 8) == address & TAG_BITS:
         store_i64(address + load_i64(entry + 16), value)
         return following
@@ -160,28 +153,20 @@ def store_one(s: int, value: int, address: int, following: int, record: int) -> 
 def load_several(s: int, word: int, record: int, count: int) -> int:
     """Loads of 8 bytes each from one base."""
     address = load_i64(s + S_X + (word >> 5 & 248)) + (word >> 55 << 3)
-    entry = tlb_entry(s, address)
+    entry = data_entry(s, address)
     if load_i64(entry) == address & TAG_BITS and less_unsigned((address & 4095) - BELOW, TOO_FAR):
         host = address + load_i64(entry + 16)
         low = host - BELOW
-        first = load_i64(host)
-        second = load_i64(low + (word >> 30 & 120))
-        if count > 2:
-            third = load_i64(low + (word >> 34 & 120))
-            if count > 3:
-                fourth = load_i64(low + (word >> 38 & 120))
-                store_i64(s + S_X + (word >> 10 & 248), first)
-                store_i64(s + S_X + (word >> 15 & 248), second)
-                store_i64(s + S_X + (word >> 20 & 248), third)
-                store_i64(s + S_X + (word >> 25 & 248), fourth)
-                return record + (word >> 42 & 120) | 3
-            store_i64(s + S_X + (word >> 10 & 248), first)
-            store_i64(s + S_X + (word >> 15 & 248), second)
-            store_i64(s + S_X + (word >> 20 & 248), third)
-            return record + (word >> 42 & 120) | 2
+        first, second = load_i64(host), load_i64(low + (word >> 30 & 120))
+        third = load_i64(low + (word >> 34 & 120)) if count > 2 else 0
+        fourth = load_i64(low + (word >> 38 & 120)) if count > 3 else 0
         store_i64(s + S_X + (word >> 10 & 248), first)
         store_i64(s + S_X + (word >> 15 & 248), second)
-        return record + (word >> 42 & 120) | 1
+        if count > 2:
+            store_i64(s + S_X + (word >> 20 & 248), third)
+        if count > 3:
+            store_i64(s + S_X + (word >> 25 & 248), fourth)
+        return record + (word >> 42 & 120) | count - 1
     return load_one(s, s + S_X + (word >> 10 & 248), address, record + 8 + (word >> 46 & 8), record)
 
 
@@ -189,7 +174,7 @@ def load_several(s: int, word: int, record: int, count: int) -> int:
 def store_several(s: int, word: int, record: int, count: int) -> int:
     """Stores of 8 bytes each to one base."""
     address = load_i64(s + S_X + (word >> 5 & 248)) + (word >> 55 << 3)
-    entry = tlb_entry(s, address)
+    entry = data_entry(s, address)
     if load_i64(entry + 8) == address & TAG_BITS and less_unsigned((address & 4095) - BELOW, TOO_FAR):
         host = address + load_i64(entry + 16)
         low = host - BELOW
@@ -233,7 +218,7 @@ def add_and_load(s: int, word: int, record: int) -> int:
     total = load_i64(s + S_X + (word >> 10 & 248)) + load_i64(s + S_X + (word >> 15 & 248))
     store_i64(s + S_X + (word >> 5 & 248), total)
     address = load_i64(s + S_X + (word >> 20 & 248)) + (word >> 52)
-    entry = tlb_entry(s, address)
+    entry = data_entry(s, address)
     if load_i64(entry) == address & TAG_BITS:
         store_i64(s + S_X + (word >> 25 & 248), load_i64(address + load_i64(entry + 16)))
         return record + (word >> 30 & 56) | 1
@@ -279,11 +264,11 @@ def copy_ahead(s: int, word: int, retired: int) -> int:
     """Do rounds of a loop that copies; how many instructions they have."""
     size = word >> 30 & 504
     source, target = load_i64(s + S_X + (word >> 13 & 248)), load_i64(s + S_X + (word >> 18 & 248))
-    entry = tlb_entry(s, source)
+    entry = data_entry(s, source)
     if load_i64(entry) != source & TAG_BITS:
         return 0
     origin = source + load_i64(entry + 16)
-    entry = tlb_entry(s, target)
+    entry = data_entry(s, target)
     if load_i64(entry + 8) != target & TAG_BITS:
         return 0
     host = target + load_i64(entry + 16)
@@ -303,7 +288,7 @@ def fill_ahead(s: int, word: int, retired: int) -> int:
     """Do rounds of a loop that stores one register; how many instructions they have."""
     size = word >> 30 & 504
     target = load_i64(s + S_X + (word >> 18 & 248))
-    entry = tlb_entry(s, target)
+    entry = data_entry(s, target)
     if load_i64(entry + 8) != target & TAG_BITS:
         return 0
     host = target + load_i64(entry + 16)
@@ -333,6 +318,6 @@ def store_head(s: int, word: int, record: int) -> int:
 
 
 #: Functions that belong into each row's code; whatever is behind them is called.
-INLINED = [load_several, store_several, add_first, add_twice, shift_and_add, add_and_load, tlb_entry]
+INLINED = [load_several, store_several, add_first, add_twice, shift_and_add, add_and_load, data_entry]
 #: Functions that are called, never made part of their callers.
 CALLED = [load_one, store_one, copy_ahead, fill_ahead, load_head, store_head]

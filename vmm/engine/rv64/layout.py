@@ -12,9 +12,11 @@ Each page of RAM has a *shadow* page that holds one 8-byte record for every 2-by
     │   immediate    │   rs2   │   rs1   │   rd    │operation│
     └────────────────┴─────────┴─────────┴─────────┴─────────┘
 
-A record of zeros is not decoded yet. One more slot behind the last stays zero for ever: running off the page ends up
-there. The whole shadow is reserved address space that the host fills in only where code was executed. An rd of 32 is
-the sink that stands for x0, so that no instruction has to ask whether its destination is x0.
+A record of zeros is not decoded yet. One may stand for several instructions, from its own on: its fields are then
+others (see ``fused``), and those instructions have records of their own for whoever jumps to them. One more slot behind
+the last stays zero for ever: running off the page ends up there. The whole shadow is reserved address space that the
+host fills in only where code was executed. An rd of 32 is the sink that stands for x0, so that no instruction has to
+ask whether its destination is x0.
 """
 
 from __future__ import annotations
