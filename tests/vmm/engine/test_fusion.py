@@ -54,11 +54,6 @@ class Seen:
 Prepare = Callable[[Hart], None]
 
 
-def _seen(hart: Hart, memory: GuestMemory) -> Seen:
-    trap = hart.csr["scause"], hart.csr["sepc"], hart.csr["stval"]
-    return Seen(hart.pc, list(hart.x), hart.instructions, trap, memory.read(RAM, SIZE))
-
-
 @pytest.fixture(scope="module")
 def engines() -> Iterator[list[tuple[Rv64Engine, GuestMemory]]]:
     """Two machines, each with its memory, which all programs of the module use one after the other."""
@@ -120,9 +115,9 @@ class Machines:
             yield self._seen(0, first, one), self._seen(1, second, other)
 
     def _seen(self, number: int, hart: Hart, memory: GuestMemory) -> Seen:
-        seen = _seen(hart, memory)
-        seen.instructions -= self._start[number]
-        return seen
+        trap = hart.csr["scause"], hart.csr["sepc"], hart.csr["stval"]
+        instructions = hart.instructions - self._start[number]
+        return Seen(hart.pc, list(hart.x), instructions, trap, memory.read(RAM, SIZE))
 
 
 def _access(draw: st.DrawFn, base: int) -> bytes:
@@ -259,11 +254,10 @@ def loops(draw: st.DrawFn) -> bytes:
     operands = {"rs1": A2, "rs2": compared} if kind == "bgeu" else {"rs1": compared, "rs2": A2}
     if kind == "bne" and draw(st.booleans()):
         operands = {"rs1": A2, "rs2": compared}
-    # It ends at the latest when it has counted down, though that is not a part of the loop.
     return b"".join(parts) + word(kind, **operands, imm=back) + ECALL
 
 
-def _loop_start(places: tuple[int, int], rounds: int, code: bytes) -> Prepare:
+def _loop_start(places: tuple[int, int], rounds: int) -> Prepare:
     def prepare(hart: Hart) -> None:
         for register in range(3, 18):
             hart.x[register] = register * 0x1111_1111
@@ -282,7 +276,7 @@ PLACES = st.sampled_from(
 @given(code=loops(), places=st.tuples(PLACES, PLACES), rounds=st.integers(0, 1500))
 def test_loops_do_what_their_instructions_do(engines, code: bytes, places: tuple[int, int], rounds: int) -> None:
     """Also where source and target overlap or are not aligned, and up to the end of memory and beyond."""
-    machines = Machines(engines, code, _loop_start(places, rounds, code))
+    machines = Machines(engines, code, _loop_start(places, rounds))
 
     assert machines.at_once() == machines.one_by_one()
 
