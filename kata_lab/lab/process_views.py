@@ -73,10 +73,9 @@ def read_processes(runtime: RuntimeProcess) -> list[SandboxProcess]:
     found = []
     for part in parts(runtime.pid):
         process = psutil.Process(part.pid)
-        threads = [
-            MAIN if each.id == part.pid else known.get(str(each.id), OTHER)
-            for each in sorted(process.threads(), key=lambda each: each.id)
-        ]
+        # The main thread first: numbers begin anew at some point, so that another one's may be lower.
+        numbers = sorted((each.id for each in process.threads()), key=lambda number: (number != part.pid, number))
+        threads = [MAIN if number == part.pid else known.get(str(number), OTHER) for number in numbers]
         found.append(SandboxProcess(part.name, part.pid, process.ppid(), tuple(threads)))
     return found
 
