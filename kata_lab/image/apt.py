@@ -34,6 +34,7 @@ from kata_lab.image.deb import parse_fields
 from kata_lab.image.mirror import find_mirror
 from kata_lab.image.store import disk_is_full, exclusive, publish, scratch, sha256_of
 from kata_lab.paths import cache_directory
+from kata_lab.programs import run_apart
 from kata_lab.progress import Progress, ProgressMode
 
 SUITE = "trixie"
@@ -415,16 +416,7 @@ class Archive:
         """Run a program of APT that changes nothing but its own cache."""
         with self._exclusive() as lock:
             self._configure()
-            return subprocess.run(
-                command,
-                env=self._environment(),
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                errors="replace",
-                pass_fds=(lock,),
-                check=False,
-            )
+            return run_apart(command, self._environment(), (lock,))
 
     def _environment(self) -> dict[str, str]:
         return {**os.environ, "APT_CONFIG": str(self._directory / "apt.conf"), "LC_ALL": "C"}
@@ -536,15 +528,7 @@ def find_keyring(keyring: Path | None = None) -> Path:
 
 def _host_network_settings() -> dict[str, str]:
     """How the host's APT reaches the network; nothing that weakens a verification."""
-    answer = subprocess.run(
-        ["apt-config", "dump"],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        errors="replace",
-        check=False,
-        process_group=0,  # Ctrl-C at a terminal is for this process
-    )
+    answer = run_apart(["apt-config", "dump"])
     settings: dict[str, str] = {}
     for line in answer.stdout.splitlines():
         match = _SETTING.fullmatch(line.strip())

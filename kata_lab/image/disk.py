@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import shutil
 import stat
-import subprocess
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from kata_lab.image.spool import chunks_of
 from kata_lab.image.store import exclusive, scratch
 from kata_lab.image.tree import RootTree
 from kata_lab.paths import cache_directory
+from kata_lab.programs import run_apart
 from kata_lab.progress import ProgressMode
 
 BLOCK = 4096
@@ -133,16 +133,7 @@ def _run(command: Sequence[str], **variables: str) -> None:
     if program is None:
         raise ImageError(f"this machine has no {command[0]}: install the package {_PACKAGES[command[0]]}")
     environment = {**os.environ, "E2FSPROGS_FAKE_TIME": "1", "LC_ALL": "C", **variables}
-    answer = subprocess.run(
-        [program, *command[1:]],
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        errors="replace",
-        check=False,
-        process_group=0,  # Ctrl-C at a terminal is for this process
-    )
+    answer = run_apart([program, *command[1:]], environment)
     if answer.returncode != 0:
         complaint = " ".join((answer.stderr or answer.stdout).split())[-300:]
         raise ImageError(f"{command[0]} could not make the root (status {answer.returncode}): {complaint}")

@@ -7,15 +7,16 @@ modules are compiled here: a guest that compiles them itself answers some 100 mi
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib.util
-import subprocess
 import tempfile
 from pathlib import Path
 from typing import Final
 
 import kata_lab
 from kata_lab.errors import ImageError
+from kata_lab.programs import run_apart
 
 AGENT_DIRECTORY: Final = "usr/lib/kata-lab"
 AGENT: Final = f"/{AGENT_DIRECTORY}/agent.py"
@@ -36,7 +37,8 @@ def agent_files() -> dict[str, bytes]:
     """Path, without the leading ``/`` → content, of the agent and the device manager.
 
     Raises:
-        ImageError: the compiler was killed.
+        ImageError: the compiler was killed, or this machine has no room for it now. An agent in source would start more
+            slowly, and stay, since the recipe is the same.
     """
     files, compiler = _sources(), _compiler()
     if compiler is not None:
@@ -79,12 +81,12 @@ def _compiled(compiler: Path, name: str, source: bytes) -> tuple[str, bytes]:
         path.write_bytes(source)
         command = [str(compiler), "-s", name, "-o", str(target), str(path)]
         try:
-            # Ctrl-C at a terminal, and a notebook's stop button, are for this process: without its compiler an image
-            # would get an agent that starts more slowly.
-            done = subprocess.run(command, capture_output=True, check=False, process_group=0)
-            bytecode = target.read_bytes() if done.returncode == 0 else b""
-        except OSError:
-            return name, source
+            done = run_apart(command)
+        except OSError as error:
+            if error.errno in (errno.ENOEXEC, errno.EACCES):  # it is not for this machine
+                return name, source
+            raise ImageError(f"{compiler.name}, which compiles the agent, cannot be run: {error.strerror}") from error
+        bytecode = target.read_bytes() if done.returncode == 0 and target.exists() else b""
         if done.returncode < 0:
             raise ImageError(f"{compiler.name}, which compiles the agent, was ended by signal {-done.returncode}")
     if not bytecode.startswith(_BYTECODE):

@@ -137,9 +137,9 @@ def _decode(schema, fields, name, data, depth):
         where = name, field
         if label == "many":
             if wire == _BYTES and (kind in _BOUNDS or kind == "bool"):
-                inner = 0
+                inner, named = 0, _named(where)
                 while inner < len(value):
-                    one, inner = _take_varint(value, inner, name)
+                    one, inner = _take_varint(value, inner, named)
                     message[field].append(_scalar(kind, one, _VARINT, where))
             else:
                 message[field].append(_value(schema, kind, value, wire, where, depth))

@@ -7,13 +7,13 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Final
 
 from kata_lab.errors import KataLabError
 from kata_lab.image.store import exclusive
 from kata_lab.paths import cache_directory
+from kata_lab.programs import run_apart
 
 SIZE: Final = 8 << 30  #: bytes; none of them is used on the host before the guest writes
 JOURNAL_MIB: Final = 8
@@ -134,13 +134,6 @@ def run_tool(name: str, *arguments: str) -> None:
     program = shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
     if program is None:
         raise KataLabError(f"this machine has no {name} to make a disk with: install the package e2fsprogs")
-    made = subprocess.run(
-        [program, *arguments],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-        process_group=0,  # Ctrl-C at a terminal is for this process
-    )
+    made = run_apart([program, *arguments])
     if made.returncode:
         raise KataLabError(f"{name} failed with status {made.returncode}: {made.stderr.strip()[-300:]}")

@@ -10,6 +10,7 @@ Nothing here blocks, and no method is called by two threads at once: the device'
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -56,7 +57,7 @@ class Inbox:
     frames: list[tuple[int, int]] = field(default_factory=list)
 
 
-class Port:
+class Port(ABC):
     """The host's side of one interface.
 
     Attributes:
@@ -77,23 +78,26 @@ class Port:
     pending: bytes = b""
     dropped: int = 0
 
+    @abstractmethod
     def receive(self, inbox: Inbox) -> bool:
         """Read what is there into an inbox whose frames were all taken; False if there was nothing."""
-        raise NotImplementedError
 
+    @abstractmethod
     def send(self, pair: int, frames: Sequence[Frame]) -> None:
         """Send frames by the queues' pair of that number; nothing may be :attr:`pending`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def flush(self) -> None:
         """The host takes more: send what is pending."""
 
+    @abstractmethod
     def accept(self, features: int) -> None:
         """The driver accepted these of :attr:`features`."""
 
+    @abstractmethod
     def use_pairs(self, count: int) -> None:
         """The driver uses that many pairs of queues."""
 
+    @abstractmethod
     def close(self) -> None:
         """Give everything back; a second call does nothing."""
-        raise NotImplementedError

@@ -154,6 +154,12 @@ class StreamPort(Port):
         sent = self._send([self.pending])
         self.pending = self.pending[sent:]
 
+    def accept(self, features: int) -> None:
+        """Nothing changes: frames have no header on a stream, and go through it whole."""
+
+    def use_pairs(self, count: int) -> None:
+        """Nothing changes: a stream serves one pair."""
+
     def close(self) -> None:
         self.lose()
         if self._socket is not None:

@@ -111,6 +111,9 @@ class TapPort(Port):
         for inbox in self.inboxes:
             inbox.descriptor = -1
 
+    def flush(self) -> None:
+        """Nothing is ever pending: what the interface does not take is dropped."""
+
     def accept(self, features: int) -> None:
         flags = 0
         for feature, flag in (

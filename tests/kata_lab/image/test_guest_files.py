@@ -70,3 +70,20 @@ def test_the_stop_button_does_not_reach_the_compiler(tmp_path: Path) -> None:
     command = [sys.executable, "-c", program, str(compiler)]
     done = subprocess.run(command, capture_output=True, text=True, start_new_session=True, check=True)
     assert set(done.stdout.split()) == {".py", ".mpy"}
+
+
+def test_a_machine_without_room_for_the_compiler_gets_no_slower_agent(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The compiler cannot be started, though it could be at another time: what is built now would stay."""
+    monkeypatch.setattr(guest_files, "_compiler", lambda: tmp_path / "gone" / "mpy-cross")
+    with pytest.raises(ImageError, match=r"mpy-cross, which compiles the agent, cannot be run: No such file"):
+        guest_files.agent_files()
+
+
+def test_a_compiler_of_another_machine_leaves_the_source(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    compiler = tmp_path / "mpy-cross"
+    compiler.write_bytes(b"\x7fELF of something else")
+    compiler.chmod(0o755)
+    monkeypatch.setattr(guest_files, "_compiler", lambda: compiler)
+    assert {Path(name).suffix for name in guest_files.agent_files()} == {".py"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from pathlib import Path
 
 from vmm.actions import ManipulateFsBackend
@@ -10,16 +11,16 @@ from vmm.devices.virtio.device import VirtioDevice
 from vmm.errors import ConfigError
 
 
-class SharedDirectory(VirtioDevice):
+class SharedDirectory(VirtioDevice, ABC):
     """A file system device, to whose top directory other directories and files of the host can be added."""
 
+    @abstractmethod
     def add(self, name: str, path: os.PathLike[str], *, read_only: bool = False, override_stat: bool = False) -> None:
         """See :meth:`vmm.devices.virtio.fs.device.FsDevice.add`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def remove(self, name: str) -> None:
         """See :meth:`vmm.devices.virtio.fs.device.FsDevice.remove`."""
-        raise NotImplementedError
 
 
 def manipulate(share: SharedDirectory, action: ManipulateFsBackend) -> None:
