@@ -114,7 +114,6 @@ class Machine:
         self.devices: dict[str, VirtioDevice] = {}
         self._slots: dict[str, int] = {}
         self._stopping = self._still = self._held = False
-        self._held_at = 0
         with contextlib.ExitStack() as built:
             shared = any(each.SHARES_MEMORY for each in config.devices)
             self.memory = built.enter_context(GuestMemory(RAM_BASE, config.memory_bytes, shared))
@@ -309,12 +308,11 @@ class Machine:
             with device.lock:
                 device.pause()
         self._held = True
-        self._held_at = self.engine.nanoseconds()
+        self.engine.hold_clock()
 
     def release(self) -> None:
         """Guest time goes on where it was held, and so do the devices and the vCPUs."""
-        if not self.engine.deterministic:
-            self.engine.skip(self._held_at - self.engine.nanoseconds())
+        self.engine.release_clock()
         self._held = self._still = False
         for device in self.devices.values():
             with device.lock:

@@ -458,6 +458,7 @@ class Rv64Engine:
         self.memory = memory
         self.tick = NANOSECONDS // timebase_hz
         self.deterministic = clock == "deterministic"
+        self._held_at: int | None = None  # guest time in nanoseconds while the real clock is held
         self._fence_lock = threading.Lock()
         self._bind(library.load())
         self._mappings: list[Zeroed] = []
@@ -544,6 +545,8 @@ class Rv64Engine:
 
     def nanoseconds(self, hart: Hart | None = None) -> int:
         """Guest time."""
+        if (held := self._held_at) is not None:
+            return held
         origin = _signed(self._machine[Machine.ORIGIN // 8])
         if self.deterministic:
             return (hart or self.harts[0]).instructions - origin
@@ -552,6 +555,18 @@ class Rv64Engine:
     def time(self) -> int:
         """Guest time in ticks of the timebase."""
         return self.nanoseconds() // self.tick
+
+    def hold_clock(self) -> None:
+        """Guest time stands still from now on. No hart may run meanwhile: the real clock that code of the guest reads
+        goes on. (The deterministic clock moves with the harts alone.)"""
+        if not self.deterministic:
+            self._held_at = self.nanoseconds()
+
+    def release_clock(self) -> None:
+        """Guest time goes on from where it was held."""
+        if (held := self._held_at) is not None:
+            self._machine[Machine.ORIGIN // 8] = time.monotonic_ns() - held
+            self._held_at = None
 
     def skip(self, nanoseconds: int) -> None:
         """Put guest time forward."""
