@@ -304,6 +304,7 @@ class Hotplug:
             HotplugError: the VM has no vsock device.
         """
         from vmm.devices.virtio.vsock.device import VsockDevice
+        from vmm.devices.virtio.vsock.endpoint import dialled
 
         if self.upcall is None:
             vsock = next((each for each in self._machine.devices.values() if isinstance(each, VsockDevice)), None)
@@ -312,7 +313,7 @@ class Hotplug:
             found = vsock
 
             async def dial() -> Any:
-                return await asyncio.wrap_future(found.dial(PORT))
+                return await dialled(found.dial(PORT))
 
             self.upcall = UpcallClient(dial, reply_seconds=REPLY_SECONDS, connect_seconds=CONNECT_SECONDS)
         return self.upcall

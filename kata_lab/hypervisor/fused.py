@@ -43,8 +43,10 @@ class FusedHypervisor(ActingHypervisor):
             self._vm = MicroVm(vm_config(config, tuple(config.devices)))
 
     async def dial(self, port: int) -> socket.socket:
+        from vmm.devices.virtio.vsock.endpoint import dialled
+
         with told():
-            return await asyncio.wrap_future(self._vsock.dial(port))
+            return await dialled(self._vsock.dial(port))
 
     def listen(self, port: int, accept: Callable[[socket.socket], object]) -> None:
         with told():

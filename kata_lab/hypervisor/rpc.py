@@ -81,8 +81,10 @@ class RpcHypervisor(ActingHypervisor):
             vmm.cancel()
 
     async def dial(self, port: int) -> socket.socket:
+        from vmm.devices.virtio.vsock.endpoint import dialled
+
         with told():
-            return await asyncio.wrap_future(self.vm.dial(port))
+            return await dialled(self.vm.dial(port))
 
     def listen(self, port: int, accept: Callable[[socket.socket], object]) -> None:
         with told():

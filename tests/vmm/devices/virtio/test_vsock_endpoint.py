@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import concurrent.futures
 import contextlib
 import socket
 import stat
@@ -13,7 +15,7 @@ from tests.vmm.devices.virtio.test_vsock import client
 from tests.vmm.devices.virtio.vsock_guest import guest_of
 from vmm.config import VsockConfig
 from vmm.devices.virtio import build_device
-from vmm.devices.virtio.vsock.endpoint import VsockError
+from vmm.devices.virtio.vsock.endpoint import VsockError, dialled
 from vmm.devices.virtio.vsock.packet import REQUEST
 from vmm.errors import ConfigError
 
@@ -135,3 +137,25 @@ def test_closing_the_device_closes_all_clients(path: Path) -> None:
     with asking, silent:
         assert asking.recv(64) == b""
         assert silent.recv(64) == b""
+
+
+@pytest.mark.parametrize("first", ["made", "cancelled"])
+def test_a_connection_is_hung_up_if_nobody_waits_any_more_when_it_is_made(first: str) -> None:
+    ours, theirs = socket.socketpair()
+
+    async def give_up() -> None:
+        future: concurrent.futures.Future[socket.socket] = concurrent.futures.Future()
+        future.set_running_or_notify_cancel()
+        waiting = asyncio.create_task(dialled(future))
+        await asyncio.sleep(0)
+        steps = [lambda: future.set_result(ours), waiting.cancel]
+        for step in steps if first == "made" else reversed(steps):
+            step()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+
+    with theirs:
+        asyncio.run(give_up())
+
+        theirs.settimeout(10)
+        assert theirs.recv(1) == b""

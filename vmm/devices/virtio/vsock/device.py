@@ -126,7 +126,7 @@ class VsockDevice(VirtioDevice):
         """Connect to a port of the guest, from any thread.
 
         Returns:
-            A future of a blocking stream socket; await it through ``asyncio.wrap_future``. It fails with
+            A future of a blocking stream socket; in asyncio, await ``dialled`` (endpoint.py) of it. It fails with
             :class:`VsockError` when the guest refuses or does not answer; cancelling it gives the connection up.
 
         Raises:

@@ -7,6 +7,8 @@ opens to port P of the host is connected to the unix socket ``<path>_P``.
 
 from __future__ import annotations
 
+import asyncio
+import concurrent.futures
 import contextlib
 import fcntl
 import os
@@ -169,3 +171,18 @@ def socket_pair() -> tuple[socket.socket, socket.socket]:
     own.setblocking(False)
     enlarge(own, other)
     return own, other
+
+
+async def dialled(future: concurrent.futures.Future[socket.socket]) -> socket.socket:
+    """The socket of a connection that is being made. Who is cancelled meanwhile gives the connection up, also one that
+    is made at that moment."""
+    try:
+        return await asyncio.wrap_future(future)
+    except asyncio.CancelledError:
+        future.add_done_callback(_hang_up)
+        raise
+
+
+def _hang_up(future: concurrent.futures.Future[socket.socket]) -> None:
+    if not future.cancelled() and future.exception() is None:
+        future.result().close()
