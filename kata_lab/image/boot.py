@@ -55,6 +55,8 @@ APPEND = " ".join(
         "earlycon=sbi",  # a panic before there is a console is seen
         "panic=-1",  # a panic resets
         "init_on_alloc=0",  # the kernel does not clear memory for its own use, a sixth of what a packet costs
+        "lsm=landlock",  # of the security modules that every system call asks, what a container itself can use
+        "psi=0",  # no account of who waited for what at every switch of processes
         "cryptomgr.notests=1",  # no self-tests of every cipher
         f"initcall_blacklist={','.join(UNNEEDED_INITCALLS)}",
     ]

@@ -40,7 +40,7 @@ from vmm.microvm import MicroVm
 
 COMPLAINTS = re.compile(r"rcu.*stall|soft lockup|hung task|BUG:|Oops|Unable to handle|WARNING:", re.IGNORECASE)
 CPU1 = "/sys/devices/system/cpu/cpu1/online"
-ROUNDS, ROUNDS_SECONDS = 10, 10
+ROUNDS = 100
 FILLED = 100  #: MiB that are written
 SLACK = 50  #: MiB that guest and host may use for something else meanwhile
 
@@ -120,17 +120,15 @@ def test_a_task_runs_on_the_cpu_that_came_and_leaves_it_when_it_goes(guest: Gues
     shell.run(f"kill {task}", check=True)
 
 
-def test_cpus_come_and_go_under_load(guest: Guest) -> None:
+def test_cpus_come_and_go_a_hundred_times_under_load(guest: Guest) -> None:
     vm, shell = guest
     tasks = [background(shell, "sh -c 'while :; do dd if=/dev/zero bs=4k count=50 | cksum; done'") for _ in range(2)]
-    began, rounds = time.monotonic(), 0
 
-    while rounds < ROUNDS and time.monotonic() - began < ROUNDS_SECONDS:
+    for _ in range(ROUNDS):
         ask(vm, ResizeVcpu(8))
         assert online(shell) == "0-7"
         ask(vm, ResizeVcpu(1))
         assert online(shell) == "0"
-        rounds += 1
 
     ran = [processor(shell, task)[1] for task in tasks]
     eventually(lambda: all(processor(shell, task)[1] >= before for task, before in zip(tasks, ran, strict=True)))

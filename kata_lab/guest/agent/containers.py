@@ -26,7 +26,7 @@ _NAME = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_.-"
 
 
 def check_name(name):
-    if not name or len(name) > 128 or name[0] in ".-" or any(each not in _NAME for each in name):
+    if not name or len(name) > 128 or name[0] in ".-" or name.strip(_NAME):
         raise RpcError(INVALID_ARGUMENT, f"{name!r} is no name of a container or process")
     return name
 

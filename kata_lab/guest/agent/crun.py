@@ -29,7 +29,8 @@ class Crun:
 
     def path(self, what):
         """A name for a file or socket that nobody else uses."""
-        linux.make_directories(PLACE)
+        if not self._number:
+            linux.make_directories(PLACE)
         self._number += 1
         return f"{PLACE}/{what}{self._number}"
 

@@ -38,6 +38,7 @@ _TIOCSCTTY, _TIOCSWINSZ, _TIOCGPTN, _TIOCSPTLCK, _RNDRESEEDCRNG = 0x540E, 0x5414
 _F_SETFL, _F_SETPIPE_SZ, _F_ADD_SEALS, _ALL_SEALS = 4, 1031, 1033, 15
 _MFD_CLOEXEC, _MFD_ALLOW_SEALING = 1, 2
 _SIG_BLOCK, _SIG_SETMASK = 0, 2
+_POSIX_SPAWN_SETSIGMASK, _POSIX_SPAWN_BYTES = 8, 512  # more than glibc's structures have
 _PR_SET_DUMPABLE, _PR_SET_CHILD_SUBREAPER = 4, 36
 SYS_PIDFD_OPEN, SYS_CLONE3, SYS_CLOSE_RANGE = 434, 435, 436
 _SYS_CLONE, SYS_GETCWD, SYS_CAPSET = (56, 79, 126) if "-x86_64-" in platform.platform() else (220, 17, 91)
@@ -110,6 +111,13 @@ _symlinkat = _rare("i", "symlinkat", "sis")
 _renameat = _rare("i", "renameat", "isis")
 _unlinkat = _rare("i", "unlinkat", "isi")
 _lseek = _rare("l", "lseek", "ili")
+_posix_spawn = _rare("i", "posix_spawn", "psppPP")
+_spawnattr_init = _rare("i", "posix_spawnattr_init", "p")
+_spawnattr_setflags = _rare("i", "posix_spawnattr_setflags", "ph")
+_spawnattr_setsigmask = _rare("i", "posix_spawnattr_setsigmask", "pp")
+_actions_init = _rare("i", "posix_spawn_file_actions_init", "p")
+_actions_adddup2 = _rare("i", "posix_spawn_file_actions_adddup2", "pii")
+_actions_destroy = _rare("i", "posix_spawn_file_actions_destroy", "p")
 _memfd_create = _rare("i", "memfd_create", "sI")
 _sethostname = _rare("i", "sethostname", "sL")
 _clock_settime = _rare("i", "clock_settime", "ip")
@@ -123,10 +131,10 @@ def explain(error):
     return f"{what}{strerror(number)} (errno {number})"
 
 
-def checked(result, what):
-    """``result``, or OSError with what was being done."""
+def checked(result, what, name=None):
+    """``result``, or OSError with what was being done, to what."""
     if result < 0:
-        raise OSError(os.errno(), what)
+        raise OSError(os.errno(), what if name is None else f"{what} {name}")
     return result
 
 
@@ -134,7 +142,7 @@ def checked(result, what):
 
 
 def open_file(path, flags, mode=0):
-    return checked(_open(path, flags | O_CLOEXEC, mode), f"opening {path}")
+    return checked(_open(path, flags | O_CLOEXEC, mode), "opening", path)
 
 
 def close(descriptor):
@@ -191,8 +199,8 @@ def sealed_copy(path):
     descriptor = checked(_memfd_create(path, _MFD_CLOEXEC | _MFD_ALLOW_SEALING), "memfd_create")
     with open(path, "rb") as file:
         while part := file.read(1 << 16):
-            checked(_write(descriptor, part, len(part)), f"copying {path}")
-    checked(_fcntl(descriptor, _F_ADD_SEALS, _ALL_SEALS), f"sealing the copy of {path}")
+            checked(_write(descriptor, part, len(part)), "copying", path)
+    checked(_fcntl(descriptor, _F_ADD_SEALS, _ALL_SEALS), "sealing the copy of", path)
     return descriptor
 
 
@@ -211,6 +219,7 @@ def _signal_set(*signals):
 
 
 _NO_SIGNALS = _signal_set()
+_attributes = []
 
 
 def spawn(command, environment, standard=(-1, -1, -1), terminal=False, program=None):
@@ -221,18 +230,46 @@ def spawn(command, environment, standard=(-1, -1, -1), terminal=False, program=N
     """
     arguments, _kept = _c_strings(command)
     variables, _kept_too = _c_strings(environment)
+    # Descriptors of the agent are above 2, so that none is overwritten before it is used.
     streams = [each if each >= 0 else null for each in standard]
+    first, second = uctypes.addressof(arguments), uctypes.addressof(variables)
+    if terminal:
+        return _fork_on_terminal(program or command[0], first, second, streams)
+    # No copy of the agent's memory is made for a process that only becomes another one (posix_spawn(3)).
+    actions = bytearray(_POSIX_SPAWN_BYTES)
+    _actions_init(actions)
+    try:
+        for number in range(3):
+            _actions_adddup2(actions, streams[number], number)
+        error = _posix_spawn(_word, program or command[0], actions, _unblocked(), first, second)
+    finally:
+        _actions_destroy(actions)
+    if error:
+        raise OSError(error, "starting " + command[0])
+    return _word[0]
+
+
+def _unblocked():
+    """Attributes of a program that starts with no signal blocked."""
+    if not _attributes:
+        made = bytearray(_POSIX_SPAWN_BYTES)
+        _spawnattr_init(made)
+        _spawnattr_setsigmask(made, _NO_SIGNALS)
+        _spawnattr_setflags(made, _POSIX_SPAWN_SETSIGMASK)
+        _attributes.append(made)
+    return _attributes[0]
+
+
+def _fork_on_terminal(program, arguments, variables, streams):
     process = checked(_fork(), "fork")
     if process == 0:
         try:
             _sigprocmask(_SIG_SETMASK, _NO_SIGNALS, None)
             for number in range(3):
-                # Descriptors of the agent are above 2, so that none is overwritten before it is used.
                 duplicate(streams[number], number)
-            if terminal:
-                set_session()
-                ioctl(0, _TIOCSCTTY, None)
-            _execve(program or command[0], uctypes.addressof(arguments), uctypes.addressof(variables))
+            set_session()
+            ioctl(0, _TIOCSCTTY, None)
+            _execve(program, arguments, variables)
         finally:
             exit(127)
     return process
@@ -310,11 +347,11 @@ def mount(source, place, kind, options):
     checked(_mount(source, place, kind, flags, ",".join(rest)), f"mounting {source} at {place}")
     if flags & MS["bind"] and flags & MS["ro"]:
         # A bind mount takes its flags only when it is changed.
-        checked(_mount(source, place, kind, flags | MS["remount"], ""), f"making {place} read-only")
+        checked(_mount(source, place, kind, flags | MS["remount"], ""), "making read-only", place)
 
 
 def unmount(place):
-    checked(_umount2(place, _MNT_DETACH), f"unmounting {place}")
+    checked(_umount2(place, _MNT_DETACH), "unmounting", place)
 
 
 def enter_directory(parent, name, mode):
@@ -325,20 +362,20 @@ def enter_directory(parent, name, mode):
         if _mkdirat(parent, name, mode) < 0 and os.errno() != EEXIST:
             raise OSError(os.errno(), f"making directory {name}")
         descriptor = _openat(parent, name, flags, 0)
-    return checked(descriptor, f"directory {name}")
+    return checked(descriptor, "directory", name)
 
 
 def open_below(parent, name, flags, mode=0):
     """A file in a directory; never through a symbolic link."""
-    return checked(_openat(parent, name, flags | O_NOFOLLOW | O_CLOEXEC, mode), f"opening {name}")
+    return checked(_openat(parent, name, flags | O_NOFOLLOW | O_CLOEXEC, mode), "opening", name)
 
 
 def link_below(target, parent, name):
-    checked(_symlinkat(target, parent, name), f"making link {name}")
+    checked(_symlinkat(target, parent, name), "making link", name)
 
 
 def rename_below(parent, name, new):
-    checked(_renameat(parent, name, parent, new), f"naming {new}")
+    checked(_renameat(parent, name, parent, new), "naming", new)
 
 
 def remove_below(parent, name):
@@ -353,7 +390,7 @@ def set_owner(parent, name, uid, gid):
 
 
 def set_mode(path, mode):
-    checked(_chmod(path, mode), f"changing the mode of {path}")
+    checked(_chmod(path, mode), "changing the mode of", path)
 
 
 def set_mode_of(descriptor, mode):
@@ -361,7 +398,7 @@ def set_mode_of(descriptor, mode):
 
 
 def set_hostname(name):
-    checked(_sethostname(name, len(name.encode())), f"naming the guest {name}")
+    checked(_sethostname(name, len(name.encode())), "naming the guest", name)
 
 
 def set_time(seconds, nanoseconds):
@@ -485,7 +522,7 @@ def watch_files():
 
 
 def watch_file(watch, path):
-    return checked(_inotify_add_watch(watch, path, _IN_MODIFY), f"watching {path}")
+    return checked(_inotify_add_watch(watch, path, _IN_MODIFY), "watching", path)
 
 
 def unwatch_file(watch, number):
@@ -496,15 +533,19 @@ def unwatch_file(watch, number):
 
 
 def make_directories(path, mode=0o755):
-    made = ""
-    for part in path.strip("/").split("/"):
-        made += "/" + part
+    """Make a directory with its parents, as far as they are missing."""
+    try:
         try:
-            os.mkdir(made)
-            set_mode(made, mode)
+            os.mkdir(path)
         except OSError as error:
-            if error.args[0] != EEXIST:
-                raise OSError(error.args[0], f"making directory {made}")
+            if error.args[0] != ENOENT:
+                raise
+            make_directories(path.rpartition("/")[0], mode)
+            os.mkdir(path)
+        set_mode(path, mode)
+    except OSError as error:
+        if error.args[0] != EEXIST:
+            raise OSError(error.args[0], f"making directory {path}")
 
 
 def exists(path):

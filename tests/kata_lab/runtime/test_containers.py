@@ -123,8 +123,8 @@ def test_a_process_that_wants_no_input_is_not_waited_for(guest: Guest) -> None:
     assert (result.status, result.stdout) == (0, b"done\n")
 
 
-def test_twenty_megabytes_of_output_arrive_whole(guest: Guest, tmp_path: Path) -> None:
-    data = os.urandom(20 << 20)
+def test_a_hundred_megabytes_of_output_arrive_whole(guest: Guest, tmp_path: Path) -> None:
+    data = os.urandom(100_000_000)
     (tmp_path / "data").write_bytes(data)
 
     result = guest.run("cat", "/data", volumes=[f"{tmp_path}/data:/data:ro"])
